@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: one sentence, shown without a traceback, exit code 1."""
+
+
+class UserError(Exception):
+    """What was wrong and what is valid, in one sentence."""
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration: a key, a value or a combination of values."""
+
+
+class DataError(UserError):
+    """A data set that is missing, or that does not hold what the configuration says."""
+
+
+class ParityError(UserError):
+    """A form of a model that does not reproduce the form it trains in (``parity=strict``)."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is in use, finished, or holds another run."""
