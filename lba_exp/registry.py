@@ -1,0 +1,64 @@
+"""Names that a configuration may use, and the objects behind them.
+
+Built-in entries are import paths (``module:attribute``), resolved on first use, so that the names can be checked without importing torch.
+A plugin (``plugins: [its_module]``) adds its own with ``register``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from lba_exp.errors import ConfigError
+
+
+class Registry:
+    """A table from names to constructors.
+
+    Args:
+        kind: what the entries are, in words, for messages ("feature map").
+        entries: name -> import path ``module:attribute``.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]):
+        self.kind = kind
+        self._entries: dict[str, Any] = dict(entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    def register(self, name: str) -> Callable:
+        """Decorator that adds a constructor under ``name``; raises ConfigError where the name is taken by another object."""
+
+        def add(constructor):
+            if name in self._entries and self._entries[name] is not constructor:
+                raise ConfigError(f"the {self.kind} {name!r} is registered already: choose another name.")
+            self._entries[name] = constructor
+            return constructor
+
+        return add
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Callable:
+        if name not in self._entries:
+            raise ConfigError(f"unknown {self.kind} {name!r}: choose one of {', '.join(self.names)}.")
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, attribute = entry.split(":")
+            entry = self._entries[name] = getattr(import_module(module), attribute)
+        return entry
+
+
+FEATURE_MAPS = Registry(
+    "feature map",
+    {name: f"lba_exp.nn.feature_maps:{name}" for name in ("identity", "elu_plus_one", "silu_normalised", "relu", "sigmoid", "softmax")},
+)
+GATES = Registry("gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"})
+MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
+MODELS = Registry("model", {"sequence_classifier": "lba_exp.models.classifier:SequenceClassifier"})
+TASKS = Registry("task", {"classification": "lba_exp.tasks.classification:Classification"})
+DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences"})
