@@ -1,0 +1,53 @@
+"""Softmax attention against the formula, and its padding."""
+
+import pytest
+import torch
+
+from lba_exp.nn.softmax import SoftmaxAttention
+
+
+def definition(layer, x):
+    width, heads = x.shape[-1], layer.heads
+    q, k, v = ((x @ w.T + b).view(len(x), heads, -1) for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True))
+    heads_out = [torch.softmax(q[:, h] @ k[:, h].T / (width // heads) ** 0.5, -1) @ v[:, h] for h in range(heads)]
+    return torch.cat(heads_out, -1) @ layer.output.weight.T + layer.output.bias
+
+
+@pytest.mark.parametrize(("heads", "length"), [(2, 6), (1, 1)])
+def test_equals_the_formula(heads, length):
+    torch.manual_seed(0)
+    layer, x = SoftmaxAttention(8, heads).double(), torch.randn(2, length, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), torch.stack([definition(layer, row) for row in x]), rtol=1e-10, atol=1e-10)
+
+
+def test_padded_keys_are_left_out():
+    torch.manual_seed(1)
+    layer, x = SoftmaxAttention(8, 2).double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    y = layer(x, mask)
+    for row in range(2):
+        torch.testing.assert_close(y[row][mask[row]], definition(layer, x[row][mask[row]]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sequence_of_padding_alone_is_finite_with_finite_gradients():
+    layer, x = SoftmaxAttention(8, 2), torch.randn(2, 4, 8, requires_grad=True)
+    mask = torch.tensor([[False] * 4, [True] * 4])
+    y = layer(x, mask)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    torch.testing.assert_close(y[1], layer(x[1:])[0])
+
+
+def test_has_no_forms_and_no_state_size():
+    assert SoftmaxAttention(8, 2).forms == () and SoftmaxAttention(8, 2).state_size is None
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(4, dtype=torch.bool)])
+def test_a_wrong_mask_is_named(mask):
+    with pytest.raises(ValueError, match=r"padding_mask is .* it must be torch.bool of shape"):
+        SoftmaxAttention(8, 2)(torch.randn(2, 4, 8), mask)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="heads is 3"):
+        SoftmaxAttention(8, 3)
