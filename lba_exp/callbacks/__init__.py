@@ -1,0 +1,1 @@
+"""What runs beside training: parity between the forms, peak memory."""

@@ -1,0 +1,1 @@
+"""From measurements and run records to figures and tables."""
