@@ -1,0 +1,22 @@
+"""The operator: pure functions on tensors, no modules, no configuration."""
+
+from lba_exp.ops.api import (
+    FORMS,
+    MODEL_FORMS,
+    bidirectional_linear_attention,
+    bidirectional_linear_attention_parts,
+    choose_form,
+    estimate_bytes,
+)
+from lba_exp.ops.decays import CONVENTIONS, step_log_decays
+
+__all__ = [
+    "CONVENTIONS",
+    "FORMS",
+    "MODEL_FORMS",
+    "bidirectional_linear_attention",
+    "bidirectional_linear_attention_parts",
+    "choose_form",
+    "estimate_bytes",
+    "step_log_decays",
+]

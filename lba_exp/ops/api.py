@@ -1,0 +1,191 @@
+"""The operator: bidirectional linear attention with decay, in one of several forms that give the same outputs and gradients."""
+
+import torch
+from torch import Tensor
+
+from lba_exp.ops import checks
+from lba_exp.ops.chunkwise import chunkwise
+from lba_exp.ops.decays import to_steps
+from lba_exp.ops.parallel import parallel
+from lba_exp.ops.recurrent import recurrent
+
+FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
+MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
+DIRECTIONS = {"both": ("forward", "backward"), "forward": ("forward",), "backward": ("backward",)}
+
+# looked up at each call: a test can put a faulty form in place of one
+_IMPLEMENTATIONS = {"parallel": parallel, "recurrent": recurrent, "chunkwise": chunkwise}
+
+PARALLEL_UP_TO = 256  # tokens; measured, see choose_form
+
+
+def choose_form(length: int) -> str:
+    """The form that ``form="auto"`` stands for: ``parallel`` up to 256 tokens, ``chunkwise`` above."""
+    return "parallel" if length <= PARALLEL_UP_TO else "chunkwise"
+
+
+def run_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_log_decay: Tensor | None,
+    backward_log_decay: Tensor | None,
+    *,
+    diagonal_weight: float,
+    direction: str,
+    padding_mask: Tensor | None,
+    form: str,
+    chunk_size: int,
+    with_den: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments, bring them to one shape and dtype, and run the form: (num, den or None), float32 for half-precision inputs."""
+    checks.check_tensors(q, k, v)
+    double = torch.float64 in (q.dtype, k.dtype, v.dtype)
+    checks.check_decay("forward_log_decay", forward_log_decay, q, double=double)
+    checks.check_decay("backward_log_decay", backward_log_decay, q, double=double)
+    checks.number("diagonal_weight", diagonal_weight)
+    checks.choice("direction", direction, tuple(DIRECTIONS))
+    checks.check_padding(padding_mask, q)
+    checks.choice("form", form, FORMS)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    if form == "auto":
+        form = choose_form(q.shape[1])
+    if form == "fused":
+        raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
+    if form not in _IMPLEMENTATIONS:
+        raise ValueError(f"form: {form!r} is not in this build yet; valid are {', '.join(map(repr, _IMPLEMENTATIONS))} and 'auto'")
+    dtype = torch.float64 if double else torch.float32
+    with torch.autocast(device_type=q.device.type, enabled=False):
+        if padding_mask is not None:
+            padded = ~padding_mask[:, :, None, None]
+            q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        return _IMPLEMENTATIONS[form](
+            q,
+            k,
+            v,
+            to_steps(forward_log_decay),
+            to_steps(backward_log_decay),
+            weight=float(diagonal_weight),
+            directions=DIRECTIONS[direction],
+            with_den=with_den,
+            chunk_size=chunk_size,
+        )
+
+
+def bidirectional_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_log_decay: Tensor | None = None,
+    backward_log_decay: Tensor | None = None,
+    *,
+    scaled: bool = True,
+    diagonal_weight: float = 1.0,
+    direction: str = "both",
+    padding_mask: Tensor | None = None,
+    form: str = "auto",
+    chunk_size: int = 64,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Bidirectional linear attention, Y = Scale(Q K^T (.) M) V (arXiv 2502.16249; Scale divides each row by its sum).
+
+    With f_i = exp(forward_log_decay_i), b_i = exp(backward_log_decay_i) and w = diagonal_weight::
+
+        M_ij  = f_{j+1} ... f_i for i > j,   w for i = j,   b_i ... b_{j-1} for i < j
+        num_i = sum_j M_ij (q_i . k_j) v_j,   den_i = sum_j M_ij (q_i . k_j)
+        y_i   = num_i / (den_i + eps) if scaled, else num_i
+
+    A decay per channel weighs the channels inside q_i . k_j. Nothing divides by sqrt(Dk): scale q where that is wanted.
+
+    q, k: ``(B, L, H, Dk)``; v: ``(B, L, H, Dv)``; float64, float32, bfloat16 or float16. Half precision is computed in float32, whatever
+        ``torch.autocast`` says; inputs of several dtypes are computed in the widest.
+    forward_log_decay, backward_log_decay: None (no decay), fixed ``(H,)`` or ``(H, Dk)``, selective ``(B, L, H)`` or ``(B, L, H, Dk)``;
+        values <= 0, float32 (float64 beside float64 inputs). The two may differ in kind. See ``step_log_decays``.
+    scaled: divide by the denominator plus ``eps``.
+    diagonal_weight: w; 1 counts the diagonal once, 2 is the plain sum of both directions, 0 leaves it out.
+    direction: "both", "forward" (only j <= i) or "backward" (only j >= i).
+    padding_mask: bool ``(B, L)``, True = real token. Padded tokens give no key and no value, and their output is 0; their decays still
+        count, so padding at either end equals cutting it off.
+    form: "parallel", "recurrent", "chunkwise", "blockwise", "fused" or "auto" (``choose_form`` tells which); all give the same results.
+    chunk_size: tokens a chunk in the chunkwise, blockwise and fused forms; not a part of the result.
+
+    Returns ``(B, L, H, Dv)`` in the dtype of v. Raises ValueError, naming the argument, for shapes, dtypes, devices and names that do not
+    fit, and in eager mode on CPU for positive log decays (no check under ``torch.compile`` or on CUDA, where it would cost a pause).
+    """
+    if not isinstance(scaled, bool):
+        raise ValueError(f"scaled: expected True or False, got {scaled!r}")
+    checks.number("eps", eps, least=0.0)
+    num, den = run_form(
+        q,
+        k,
+        v,
+        forward_log_decay,
+        backward_log_decay,
+        diagonal_weight=diagonal_weight,
+        direction=direction,
+        padding_mask=padding_mask,
+        form=form,
+        chunk_size=chunk_size,
+        with_den=scaled,
+    )
+    if den is None:
+        return num.to(v.dtype)
+    if padding_mask is not None:
+        den = den.masked_fill(~padding_mask[:, :, None], 1.0)  # 0 / 0 when eps is 0
+    return (num / (den + eps)[..., None]).to(v.dtype)
+
+
+def bidirectional_linear_attention_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_log_decay: Tensor | None = None,
+    backward_log_decay: Tensor | None = None,
+    *,
+    diagonal_weight: float = 1.0,
+    direction: str = "both",
+    padding_mask: Tensor | None = None,
+    form: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` of ``bidirectional_linear_attention``, apart and without eps.
+
+    For normalisers of one's own: several token orders averaged before the division, max(abs(den), 1), ... Arguments, meaning and errors as
+    there. Both are float32, float64 for float64 inputs; both are 0 at padded tokens.
+    """
+    return run_form(
+        q,
+        k,
+        v,
+        forward_log_decay,
+        backward_log_decay,
+        diagonal_weight=diagonal_weight,
+        direction=direction,
+        padding_mask=padding_mask,
+        form=form,
+        chunk_size=chunk_size,
+        with_den=True,
+    )
+
+
+def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: int, value_width: int, itemsize: int = 4) -> int:
+    """A rough upper estimate of the memory, in bytes, that a form's forward pass takes beside its inputs and its output.
+
+    ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
+    plan to the byte: "parallel" counts six L x L matrices per head (scores, decays and their parts), the others copies of the inputs and
+    the states that they keep.
+    """
+    checks.choice("form", form, FORMS)
+    form = choose_form(length) if form == "auto" else form
+    item = max(4, itemsize)
+    rows, sequence = batch * heads, batch * length * heads * (2 * key_width + 2 * value_width)
+    state = rows * key_width * (value_width + 1)
+    if form == "parallel":
+        return item * (6 * rows * length * length + sequence)
+    if form == "recurrent":
+        return item * (sequence + 4 * state + 8 * rows * min(length, 256) * (2 * key_width + 2 * value_width))
+    if form == "blockwise":
+        return item * (sequence + 8 * rows * 64 * max(64, key_width, value_width))
+    return item * (sequence + 6 * state * -(-length // 64) + 2**22)

@@ -1,0 +1,140 @@
+"""Log decays: from gates to the decay of each step, and the sums of them that every form needs.
+
+Inside this package a *step decay* is a tensor ``(B or 1, L or 1, H, X)``: ``X`` is 1 for a decay per head and ``Dk`` for one per key
+channel; a size of 1 in place of ``B`` and ``L`` stands for a decay that is the same in every step.
+"""
+
+import torch
+from torch import Tensor
+
+from lba_exp.ops.checks import check_log_decay, choice
+
+CONVENTIONS = ("key", "query", "symmetric")
+LOWEST = -1e4  # exp of it is 0 in every dtype; keeps sums finite for -inf and adds no rounding to float64 sums
+GRID = 2.0**20  # sums of multiples of 1 / GRID are exact in float64 up to 2**33
+
+
+def step_log_decays(
+    log_gate: Tensor | None, convention: str = "key", *, before: Tensor | None = None, after: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The forward and backward decay of each step, from one gate per token (arXiv 2502.16249, the mask of its bidirectional form).
+
+    With ``lambda_i = exp(log_gate_i)``: ``key`` (the paper's mask: both directions use the gate of the key's side) gives
+    ``f_i = lambda_{i-1}``, ``b_i = lambda_{i+1}``; ``query`` (the causal convention, each direction its own gate) ``f_i = b_i = lambda_i``;
+    ``symmetric`` (the later token's gate enters) ``f_i = lambda_i``, ``b_i = lambda_{i+1}``.
+
+    log_gate: ``None``, fixed ``(H,)`` or ``(H, Dk)``, which come back unchanged (all conventions agree on them), or a sequence
+        ``(B, L, H)`` or ``(B, L, H, Dk)``, float32 or float64, values <= 0.
+    before, after: for one block of a longer sequence, the gate of the token before and after it, ``(B, H)`` or ``(B, H, Dk)``. A decay
+        at an edge where none is given never enters a result and is 0.
+
+    Returns ``(forward_log_decay, backward_log_decay)``, each of the shape of ``log_gate``. Raises ValueError for another shape, dtype or
+    convention, and for positive values (checked in eager mode on CPU).
+    """
+    choice("convention", convention, CONVENTIONS)
+    if log_gate is None:
+        if before is not None or after is not None:
+            raise ValueError("before and after: expected None where log_gate is None")
+        return None, None
+    check_log_decay("log_gate", log_gate)
+    if log_gate.ndim < 3:
+        if before is not None or after is not None:
+            raise ValueError("before and after: expected None for a fixed log_gate, which is the same in every step")
+        return log_gate, log_gate
+    edge = torch.zeros_like(log_gate[:, :1])
+    shape = tuple(edge[:, 0].shape)
+    for name, gate in (("before", before), ("after", after)):
+        if gate is not None and tuple(gate.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, one token of log_gate, got {tuple(gate.shape)}")
+    first = edge if before is None else before[:, None].to(log_gate.dtype)
+    last = edge if after is None else after[:, None].to(log_gate.dtype)
+    previous = torch.cat([first, log_gate[:, :-1]], dim=1)
+    following = torch.cat([log_gate[:, 1:], last], dim=1)
+    own_forward = log_gate if before is not None else torch.cat([edge, log_gate[:, 1:]], dim=1)
+    own_backward = log_gate if after is not None else torch.cat([log_gate[:, :-1], edge], dim=1)
+    if convention == "key":
+        return previous, following
+    if convention == "query":
+        return own_forward, own_backward
+    return own_forward, following
+
+
+def to_steps(log_decay: Tensor | None) -> Tensor | None:
+    """A decay of any accepted shape as a step decay ``(B or 1, L or 1, H, X)``; None stays None."""
+    if log_decay is None or log_decay.ndim == 4:
+        return log_decay
+    if log_decay.ndim == 3:
+        return log_decay[..., None]
+    if log_decay.ndim == 2:
+        return log_decay[None, None]
+    return log_decay[None, None, :, None]
+
+
+def running_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cumulative sums over the last dimension as two parts (high, low) of ``dtype``.
+
+    ``(high_i - high_j) + (low_i - low_j)`` equals the sum over ``j < t <= i`` up to a few roundings of the sum itself, however large the
+    sums before it are. The low part carries no gradient of its own: the high part's is the whole.
+    """
+    x = x.double().clamp_min(LOWEST)
+    if dtype == torch.float64:
+        coarse = torch.round(x.detach() * GRID) / GRID
+        # coarse sums are exact, fine ones are tiny
+        fine = (x - coarse).cumsum(-1)
+        return fine, coarse.cumsum(-1)
+    total = x.cumsum(-1)
+    high = total.to(dtype)
+    return high, (total.detach() - high.detach().double()).to(dtype)
+
+
+def _outer_difference(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
+    (high_row, low_row), (high_column, low_column) = rows, columns
+    high = high_row[..., :, None] - high_column[..., None, :]
+    return high + (low_row[..., :, None] - low_column[..., None, :])
+
+
+def between(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(..., n)`` to ``(..., n, n)``: entry (i, j) is the sum over ``j < t <= i``, of use where i >= j."""
+    sums = running_sum(x, dtype)
+    return _outer_difference(sums, sums)
+
+
+def decay_mask(
+    forward: Tensor | None, backward: Tensor | None, size: int, weight: float, directions: tuple[str, ...], like: Tensor
+) -> Tensor:
+    """The decay matrix M of ``size`` consecutive tokens, ``(..., size, size)`` in the dtype and on the device of ``like``.
+
+    forward, backward: log decays ``(..., size or 1)``, one per step. Below the diagonal M is prod f_{j+1..i}, above it prod b_{i..j-1},
+    on it ``weight``; a direction left out of ``directions`` is 0.
+    """
+    exponent = None
+    if "forward" in directions and forward is not None:
+        exponent = between(forward.expand(*forward.shape[:-1], size), like.dtype).tril()
+    if "backward" in directions and backward is not None:
+        # sum over i <= t < j: the same sums of the sequence shifted by one step
+        shifted = torch.nn.functional.pad(backward.expand(*backward.shape[:-1], size)[..., :-1], (1, 0))
+        upper = between(shifted, like.dtype).mT.triu()
+        exponent = upper if exponent is None else exponent + upper
+    # the other triangle is cut off before exp: its differences are positive
+    mask = like.new_ones(size, size) if exponent is None else exponent.exp()
+    if directions == ("forward",):
+        mask = mask.tril()
+    if directions == ("backward",):
+        mask = mask.triu()
+    if weight != 1.0:
+        diagonal = torch.eye(size, dtype=torch.bool, device=like.device)
+        mask = torch.where(diagonal, weight, mask)
+    return mask
+
+
+def sums_inside(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For steps ``(..., n, X)`` of one direction: log decay from the state before to each token, from each to the state after, in all.
+
+    In the order in which the direction reads: the first includes the token's own step, the second does not.
+    """
+    if reverse:
+        x = x.flip(-2)
+    into = x.cumsum(-2)
+    onto = torch.nn.functional.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    whole = into[..., -1:, :]
+    return (into.flip(-2), onto.flip(-2), whole) if reverse else (into, onto, whole)
