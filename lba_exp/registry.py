@@ -57,7 +57,9 @@ FEATURE_MAPS = Registry(
     "feature map",
     {name: f"lba_exp.nn.feature_maps:{name}" for name in ("identity", "elu_plus_one", "silu_normalised", "relu", "sigmoid", "softmax")},
 )
-GATES = Registry("gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"})
+GATES = Registry(
+    "gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"}
+)
 MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
 MODELS = Registry("model", {"sequence_classifier": "lba_exp.models.classifier:SequenceClassifier"})
 TASKS = Registry("task", {"classification": "lba_exp.tasks.classification:Classification"})

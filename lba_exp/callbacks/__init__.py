@@ -1,1 +1,1 @@
-"""What runs beside training: parity between the forms, peak memory."""
+"""Lightning callbacks: parity of the forms, cost, record, checkpoints."""

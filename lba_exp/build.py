@@ -1,0 +1,149 @@
+"""The one place where names become objects."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from lba_exp import registry
+from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from lba_exp.callbacks.parity import Parity
+from lba_exp.callbacks.recorder import Efficiency, Recorder
+from lba_exp.data.spec import DataSpec
+from lba_exp.errors import ConfigError
+from lba_exp.results import naming
+from lba_exp.results.metrics_log import MetricsLog
+
+
+def data_module(cfg: DictConfig) -> pl.LightningDataModule:
+    """The data module of a configuration, ready to use (``setup`` done); raises DataError."""
+    settings = OmegaConf.to_container(cfg.data)
+    settings["name"] = naming.data_name(cfg)
+    module = registry.DATA[settings.pop("kind")](seed=cfg.seed, **settings)
+    module.setup(None)
+    return module
+
+
+def mixer(cfg: DictConfig, layer: int) -> nn.Module:
+    """One token mixer of a model configuration."""
+    settings = OmegaConf.to_container(cfg.mixer)
+    options, kind = settings.pop("options"), settings.pop("kind")
+    constructor = registry.MIXERS[kind]
+    if kind == "linear":
+        options = settings
+    try:
+        return constructor(cfg.width, cfg.heads, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.mixer.options does not fit the mixer {kind!r} ({error}); it takes {inspect.signature(constructor)}."
+        ) from None
+
+
+def model(cfg: DictConfig, spec: DataSpec) -> nn.Module:
+    """The model of a configuration (``cfg.model``) for data of a given shape."""
+    settings = OmegaConf.to_container(cfg)
+    for key in ("name", "kind", "mixer", "heads"):
+        settings.pop(key)
+    shape = {"classes": spec.classes, "channels": spec.channels, "vocabulary": spec.vocabulary, "length": spec.length}
+    return registry.MODELS[cfg.kind](make_mixer=lambda layer: mixer(cfg, layer), **shape, **settings)
+
+
+def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
+    """Model, loss, metrics and optimizer of a run; the weights are a function of the seed."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return registry.TASKS[cfg.task](
+        model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain
+    )
+
+
+def loggers(cfg: DictConfig, folder: Path) -> list:
+    """metrics.csv, and the W&B run where one is wanted; the W&B run's id is kept in the folder, so that a resumed run continues it."""
+    found: list = [MetricsLog(folder)]
+    if cfg.logger.wandb != "off" and pl.utilities.rank_zero_only.rank == 0:
+        import wandb
+
+        identity = folder / "wandb_id"
+        if not identity.is_file():
+            identity.write_text(uuid.uuid4().hex[:8])
+        found.append(
+            WandbLogger(
+                name=f"{naming.name(cfg)}-seed{cfg.seed}",
+                save_dir=folder,
+                offline=cfg.logger.wandb == "offline",
+                id=identity.read_text().strip(),
+                project=cfg.logger.project,
+                entity=cfg.logger.entity,
+                group=naming.group(cfg),
+                job_type="train",
+                tags=list(dict.fromkeys([cfg.model.name, naming.data_name(cfg), *cfg.logger.tags])),
+                config=OmegaConf.to_container(cfg, resolve=True),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        )
+    return found
+
+
+class Parts:
+    """The callbacks of a run that its record is made from."""
+
+    def __init__(self, cfg: DictConfig, console: Console):
+        p = cfg.parity
+        self.parity = None
+        if p.mode != "off":
+            self.parity = Parity(
+                p.mode, p.tolerance, p.operator_tolerance, full=p.full, full_test=p.full_test, memory_budget_gib=p.memory_budget_gib
+            )
+        self.efficiency = Efficiency()
+        self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
+
+    def callbacks(self) -> list[pl.Callback]:
+        return [c for c in (self.efficiency, self.parity, self.recorder) if c is not None]
+
+
+def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Trainer:
+    """Lightning's Trainer; what it refuses becomes one sentence."""
+    settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer).items() if v is not None}
+    settings.setdefault("enable_model_summary", False)
+    bar = settings.setdefault("enable_progress_bar", sys.stderr.isatty())
+    callbacks = parts.callbacks() + ([RichProgressBar(leave=False)] if bar else [])
+    if settings.get("enable_checkpointing", True) and not settings.get("fast_dev_run"):
+        callbacks += checkpoint_callbacks(folder, cfg.checkpoint)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            return pl.Trainer(**settings, logger=logs, callbacks=callbacks, default_root_dir=folder, plugins=[AtomicCheckpointIO()])
+    except Exception as error:  # whatever Lightning raises here is about the arguments
+        raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def describe_environment(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a figure's reader must know of the machine: versions, device, threads; nothing that identifies a person."""
+    import platform
+
+    import torch
+
+    import lba_exp
+
+    device = trainer.strategy.root_device
+    return {
+        "lba_exp": lba_exp.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "devices": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": str(trainer.precision),
+    }

@@ -1,0 +1,83 @@
+"""Checkpoints that survive a crash at any moment: written beside their target, renamed into place, the one before kept."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lba_exp.config import CheckpointSchema
+from lba_exp.errors import UserError
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a file beside its target, forces it to disk and renames it; ``last.ckpt`` becomes ``previous.ckpt`` first."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            link = path.with_name(f".{PREVIOUS}.part")
+            link.unlink(missing_ok=True)
+            os.link(path, link)  # a second name, not a move: last.ckpt exists at every moment
+            os.replace(link, path.with_name(PREVIOUS))
+        os.replace(part, path)
+
+
+def checkpoint_callbacks(folder: Path, settings: CheckpointSchema) -> list[ModelCheckpoint]:
+    """The callbacks that keep best.ckpt (on validation) and last.ckpt (after each validation, and every n steps where asked).
+
+    The best one comes first, so that last.ckpt knows of it.
+    """
+    common = {"dirpath": folder / "checkpoints", "enable_version_counter": False, "auto_insert_metric_name": False}
+    mode = "min" if settings.monitor == "val/loss" else "max"
+    callbacks = [
+        ModelCheckpoint(filename="best", monitor=settings.monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=False, **common),
+        ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=False, **common),
+    ]
+    if settings.every_n_steps is not None:
+        callbacks.append(ModelCheckpoint(filename="last", save_top_k=1, every_n_train_steps=settings.every_n_steps, **common))
+    return callbacks
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU, with ``weights_only`` (no code of a stranger's runs).
+
+    Raises:
+        UserError: the file is missing, cut short, or no checkpoint.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("the file is cut short or of another kind")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist.") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}).") from None
+
+
+def newest_readable(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from in a run folder, and a sentence for each newer one that cannot be read."""
+    complaints = []
+    for name in (LAST, PREVIOUS):
+        path = folder / "checkpoints" / name
+        if path.exists():
+            try:
+                load_checkpoint(path)
+                return path, complaints
+            except UserError as error:
+                complaints.append(str(error))
+    return None, complaints

@@ -1,0 +1,93 @@
+"""What a type alone cannot say: bounds, names, and settings that must fit together. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lba_exp import registry
+from lba_exp.config import TRAINER_OWNED, run_schema
+from lba_exp.data.sources import check_source
+from lba_exp.errors import ConfigError
+from lba_exp.messages import bounds_words, unknown
+
+PRECISIONS = (
+    "16-true",
+    "16-mixed",
+    "bf16-true",
+    "bf16-mixed",
+    "32-true",
+    "64-true",
+    "16",
+    "bf16",
+    "32",
+    "64",
+    "transformer-engine",
+    "transformer-engine-float16",
+)
+NATURAL = ("max_epochs", "min_epochs", "min_steps", "accumulate_grad_batches", "num_nodes", "log_every_n_steps", "check_val_every_n_epoch")
+
+
+def check_reserved(key: str) -> None:
+    """Raises ConfigError for a Trainer argument that another part of the run owns."""
+    owner, _, name = key.partition(".")
+    if owner == "trainer" and name in TRAINER_OWNED:
+        raise ConfigError(f"{key} is not set here: {TRAINER_OWNED[name]}.")
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks a typed configuration; raises ConfigError (DataError for a missing folder) with one sentence at the first mistake."""
+    _check_bounds(cfg, run_schema(), "")
+    model, mixer = cfg.model, cfg.model.mixer
+    if model.width % model.heads:
+        near = [h for h in range(1, model.width + 1) if model.width % h == 0]
+        raise ConfigError(
+            f"model.heads={model.heads} does not divide model.width={model.width}: choose one of {', '.join(map(str, near))} heads, or another width."
+        )
+    if mixer.options and mixer.kind in ("linear", "softmax"):
+        raise ConfigError(
+            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
+        )
+    if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
+        raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
+    _check_trainer(cfg.trainer)
+    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
+        raise ConfigError(f"resume={cfg.resume} is no file: give auto, never, or the path of a checkpoint.")
+    if cfg.init_from is not None and not Path(cfg.init_from).expanduser().is_file():
+        raise ConfigError(f"init_from={cfg.init_from} is no file: give the path of a checkpoint.")
+    check_source(cfg.data.source)
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    if trainer.precision is not None and str(trainer.precision) not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={trainer.precision}: {unknown(str(trainer.precision), PRECISIONS, 'a precision')}")
+    for name in NATURAL:
+        value = trainer.get(name)
+        if isinstance(value, int) and value < (-1 if name == "max_epochs" else 1):
+            raise ConfigError(f"trainer.{name}={value} does not fit: give an integer >= 1.")
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the cosine needs an end, so give one of them.")
+
+
+def _check_bounds(cfg: Any, schema: Any, prefix: str) -> None:
+    for member in fields(schema):
+        key, value, default = prefix + member.name, cfg[member.name], getattr(schema, member.name)
+        if is_dataclass(default):
+            _check_bounds(value, default, key + ".")
+            continue
+        bounds = member.metadata
+        if value is None or not bounds:
+            continue
+        names = bounds["names"].names if isinstance(bounds.get("names"), registry.Registry) else bounds.get("choices")
+        if names is not None and value not in names:
+            raise ConfigError(f"{key}={value}: {unknown(str(value), names, f'valid for {key}')}")
+        wrong = value != value if isinstance(value, float) else False
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            wrong |= (
+                value < bounds.get("low", value) or value > bounds.get("high", value) or ("above" in bounds and value <= bounds["above"])
+            )
+        if wrong:
+            raise ConfigError(f"{key}={value} is out of range: give a value{bounds_words(bounds)} ({bounds['about']}).")

@@ -1,0 +1,193 @@
+"""From overrides to a checked configuration: Hydra composes, the schema decides what is valid, a mistake becomes one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lba_exp import messages
+from lba_exp.checks import check, check_reserved
+from lba_exp.config import run_schema
+from lba_exp.errors import ConfigError
+
+CONFIG_NAME = "train"
+GROUPS = ("model", "data", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
+GLOBAL_GROUPS = ("debug", "experiments", "sweeps")  # their files need `# @package _global_`
+
+
+def config_roots() -> list[Path]:
+    """Folders that hold experiments/ and sweeps/: the working folder first, then the ones that come with the package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    own = checkout if (checkout / "pyproject.toml").is_file() and (checkout / "conf").is_dir() else package / "bundled"
+    here = Path.cwd()
+    return [own] if here == own else [here, own]
+
+
+def conf_folder() -> Path:
+    """The folder of the primary configuration."""
+    return config_roots()[-1] / "conf"
+
+
+def search_path_override(overrides: Iterable[str] = ()) -> str:
+    """The override that adds the folders of experiments/ and sweeps/ to Hydra's search path, keeping a search path of the user's."""
+    given = [o for o in parse(overrides) if o.key_or_group == "hydra.searchpath"]
+    paths = [str(p) for o in given for p in (o.value() or [])] + [f"file://{root}" for root in config_roots()]
+    return "hydra.searchpath=[" + ",".join(f"'{p}'" for p in dict.fromkeys(paths)) + "]"
+
+
+def parse(overrides: Iterable[str]) -> list[Override]:
+    """Hydra overrides as objects; raises ConfigError where the text is no override."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException as error:
+            raise ConfigError(
+                f"{text!r} is no override ({str(error).splitlines()[0]}): write key=value, group=option or +key=value."
+            ) from None
+    return parsed
+
+
+def options(group: str) -> dict[str, Path]:
+    """The entries of a configuration group: name -> file."""
+    found: dict[str, Path] = {}
+    for folder in (conf_folder(), *config_roots()):
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def check_override(override: Override) -> None:
+    """Raises ConfigError where an override names no key, no group or no option."""
+    key = override.key_or_group.removeprefix("/")
+    if key.startswith("hydra.") or key.startswith("hydra/"):
+        return
+    if key in GROUPS and not override.is_delete():
+        known = options(key)
+        for value in _values(override):
+            if value not in (None, "null") and str(value) not in known:
+                raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")
+        return
+    check_reserved(key)
+    messages.check_key(key, run_schema(), GROUPS)
+
+
+def _values(override: Override) -> list:
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+
+
+def _register_schema() -> None:
+    ConfigStore.instance().store(name="run_schema", node=run_schema(), provider="lba_exp")
+
+
+def _hydra_compose(overrides: Sequence[str]) -> DictConfig:
+    _register_schema()
+    paths = search_path_override(overrides)
+    rest = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
+    if GlobalHydra.instance().is_initialized():  # a notebook of the user's own Hydra program: leave theirs as it was
+        GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), job_name=CONFIG_NAME, version_base="1.3"):
+        return hydra_compose(CONFIG_NAME, overrides=[*rest, paths], return_hydra_config=True)
+
+
+def compose_raw(overrides: Sequence[str]) -> DictConfig:
+    """The composed configuration with its ``hydra`` node, keys checked, values not yet; errors as one sentence."""
+    for override in parse(overrides):
+        check_override(override)
+    try:
+        return _hydra_compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
+
+
+def compose(overrides: Sequence[str] = (), *, in_sweep: bool = False) -> DictConfig:
+    """Composes and checks the configuration of one run.
+
+    Args:
+        overrides: as on the command line: ``["model=lion_d", "optim.lr=1e-3"]``.
+        in_sweep: the run is a job of a sweep, so that ``sweeps=`` is in place.
+    Returns:
+        The configuration, typed by ``RunSchema``; hand it to ``lba_exp.train``.
+    Raises:
+        ConfigError: one sentence that names what was wrong, what is valid, and the nearest match.
+    """
+    overrides = [str(o) for o in overrides]
+    for override in parse(overrides):
+        if override.is_sweep_override() and not in_sweep:
+            raise ConfigError(f"{override.input_line!r} lists several values: add -m (--multirun) to run them all.")
+    cfg = compose_raw(overrides)
+    return finalise(cfg, overrides, dict(cfg.hydra.runtime.choices), in_sweep=in_sweep)
+
+
+def finalise(cfg: DictConfig, overrides: Sequence[str], choices: dict, *, in_sweep: bool = False) -> DictConfig:
+    """A composed configuration checked against the schema (``+key`` included), its plugins imported, its origin filled in."""
+    if choices.get("sweeps") and not in_sweep:
+        name = choices["sweeps"]
+        raise ConfigError(f"sweeps={name} is a set of runs: add -m (lba-train -m sweeps={name}).")
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        plain.pop("hydra", None)
+        plain["origin"] = {"experiment": choices.get("experiments"), "sweep": choices.get("sweeps"), "overrides": list(overrides)}
+        typed = OmegaConf.merge(OmegaConf.structured(run_schema()), plain)
+        missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra."))
+    except OmegaConfBaseException as error:
+        raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: {messages.describe(missing[0], run_schema())}")
+    import_plugins(typed.plugins)
+    check(typed)
+    return typed
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Imports the user's modules, from the working folder too, so that they register their parts."""
+    for name in names:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"plugins: {name!r} cannot be imported ({error}); give modules that Python finds from the working folder."
+            ) from None
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun: the product of the sweep file's parameters and the lists on the command line, the latter winning.
+
+    Raises:
+        ConfigError: a key or value is wrong in any job.
+    """
+    cfg = compose_raw([o.input_line for o in parse(overrides) if not o.is_sweep_override()])
+    lists: dict[str, list[str]] = {}
+    for override in parse([f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()] + list(overrides)):
+        check_override(override)
+        key = override.get_key_element()
+        lists[key] = [f"{key}={v}" for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.input_line]
+    return [list(job) for job in itertools.product(*lists.values())]
+
+
+def check_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun, each value of each list checked once (in a job where the other lists hold their first value)."""
+    jobs = sweep_jobs(overrides)
+    seen: set[str] = set()
+    for job in jobs:
+        if not seen.issuperset(job):
+            compose([o for o in job if not o.startswith("hydra.")], in_sweep=True)
+            seen.update(job)
+    return jobs

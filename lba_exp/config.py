@@ -1,0 +1,179 @@
+"""The typed schema of a run: every key of a configuration, its type, its default and what it may hold.
+
+No torch in here: a mistake in a configuration is answered before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from omegaconf import MISSING
+
+from lba_exp import registry
+
+
+def setting(default: Any, about: str, **bounds: Any) -> Any:
+    """A dataclass field with a one-line description and its bounds.
+
+    Bounds: ``low`` and ``high`` (inclusive), ``above`` (exclusive), ``choices`` (tuple), ``names`` (a Registry whose names are valid).
+    """
+    metadata = {"about": about, **bounds}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class MixerSchema:
+    kind: str = setting("linear", "token mixer", names=registry.MIXERS)
+    feature_map: str = setting("silu_normalised", "feature map on q and k", names=registry.FEATURE_MAPS)
+    gate: str = setting("selective", "decay: none, learned per head, or computed from the token", names=registry.GATES)
+    gate_init: str = setting(
+        "timescales", "initial decays: log-spaced memory lengths, or the paper's random ones", choices=("timescales", "random")
+    )
+    convention: str = setting("key", "which token's gate decays a step", choices=("key", "query", "symmetric"))
+    scale: str = setting("after", "divide by the sum of the masked scores, or not at all", choices=("after", "none"))
+    form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "auto"))
+    chunk_size: int = setting(64, "tokens per chunk of the chunkwise form", low=1)
+    options: dict[str, Any] = setting({}, "keyword arguments of a mixer that a plugin registers")
+
+
+@dataclass
+class ModelSchema:
+    name: str = setting(MISSING, "the variant's name in folders and tables")
+    kind: str = setting("sequence_classifier", "model", names=registry.MODELS)
+    width: int = setting(64, "features per token", low=1)
+    depth: int = setting(4, "number of blocks", low=1)
+    heads: int = setting(4, "heads per mixer; divides width", low=1)
+    mlp_ratio: float = setting(2.0, "hidden width of the MLP over width", above=0)
+    dropout: float = setting(0.1, "dropout on the residual branches", low=0, high=0.99)
+    positional_embedding: bool = setting(True, "add a learned embedding of the position")
+    pooling: str = setting("mean", "how tokens become one vector", choices=("mean", "class_token"))
+    mixer: MixerSchema = field(default_factory=MixerSchema)
+
+
+@dataclass
+class DataSchema:
+    kind: str = setting("pixel_sequences", "data module", names=registry.DATA)
+    name: str | None = setting(None, "name in folders and tables; default: from source")
+    source: str = setting(MISSING, "digits (embedded), a local folder, or a hub name for datasets.load_dataset")
+    image_column: str = setting("image", "column that holds the image")
+    label_column: str = setting("label", "column that holds the class")
+    size: int | None = setting(None, "resize images to size x size pixels", low=1)
+    validation_fraction: float = setting(0.1, "share cut from the training data where there is no validation split", above=0, high=0.5)
+    test_fraction: float = setting(0.2, "share cut from the training data where there is no test split", above=0, high=0.5)
+    split_seed: int = setting(0, "seed of those cuts; apart from the run's seed, so that all seeds share one test split", low=0)
+    batch_size: int = setting(64, "sequences per optimizer step and device", low=1)
+    eval_batch_size: int = setting(256, "sequences per batch in validation and test", low=1)
+    workers: int = setting(0, "processes that load data", low=0)
+    augment: str = setting("none", "training augmentation: none, or shifts by up to a pixel", choices=("none", "shift"))
+
+
+@dataclass
+class OptimSchema:
+    lr: float = setting(2e-3, "peak learning rate of AdamW", above=0)
+    weight_decay: float = setting(0.05, "decoupled weight decay; never on norms, biases, embeddings of position and gates", low=0)
+    betas: list[float] = setting([0.9, 0.999], "AdamW's two averaging rates")
+    eps: float = setting(1e-8, "added to AdamW's denominator", above=0)
+    warmup_fraction: float = setting(0.1, "share of all steps in which the rate rises linearly", low=0, high=1)
+    final_fraction: float = setting(0.0, "the rate at the end of the cosine over the peak rate", low=0, high=1)
+    label_smoothing: float = setting(0.0, "label smoothing of the training loss", low=0, high=0.99)
+
+
+@dataclass
+class ParitySchema:
+    mode: str = setting("check", "check warns, strict ends the run, off measures nothing", choices=("off", "check", "strict"))
+    tolerance: float = setting(1e-4, "largest relative L2 error of the float32 logits", above=0)
+    operator_tolerance: float = setting(2e-5, "largest relative L2 error of the float32 operator against float64", above=0)
+    full: bool = setting(False, "accuracy of each form on the whole validation split after each validation")
+    full_test: bool = setting(True, "accuracy of each form on the whole test split")
+    memory_budget_gib: float = setting(4.0, "skip a form whose estimated working memory exceeds this", above=0)
+
+
+@dataclass
+class LoggerSchema:
+    wandb: str = setting("offline", "Weights & Biases: off, offline (no network touched) or online", choices=("off", "offline", "online"))
+    project: str = setting("lba_exp", "W&B project")
+    entity: str | None = setting(None, "W&B entity")
+    tags: list[str] = setting([], "W&B tags, beside the variant's and the data set's names")
+
+
+@dataclass
+class CheckpointSchema:
+    every_n_steps: int | None = setting(
+        None, "save a resumable checkpoint every n optimizer steps, beside those after each validation", low=1
+    )
+    monitor: str = setting("val/accuracy", "metric that chooses the best checkpoint", choices=("val/accuracy", "val/loss"))
+
+
+@dataclass
+class OriginSchema:
+    """Filled in when a configuration is composed, not by the user."""
+
+    experiment: str | None = setting(None, "entry of experiments/ that was selected")
+    sweep: str | None = setting(None, "entry of sweeps/ that the run belongs to")
+    overrides: list[str] = setting([], "what was overridden, in order")
+
+
+# Trainer arguments that other parts of a run own, and where to set them instead.
+TRAINER_OWNED = {
+    "logger": "use logger=csv|wandb|wandb_offline",
+    "callbacks": "callbacks are set by parity=, checkpoint. and the run itself",
+    "plugins": "plugins are objects that YAML cannot express",
+    "default_root_dir": "use root= or folder=",
+}
+
+
+@cache
+def trainer_schema() -> type:
+    """The arguments of ``lightning.pytorch.Trainer`` that YAML can express, as a dataclass, read from Lightning's source (no import)."""
+    source = Path(find_spec("lightning").origin).parent / "pytorch" / "trainer" / "trainer.py"
+    tree = ast.parse(source.read_text("utf-8"))
+    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
+    init = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    known = {"Optional": Optional, "Union": Union, "int": int, "float": float, "bool": bool, "str": str}
+    members = []
+    for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
+        if argument.arg in TRAINER_OWNED:
+            continue
+        try:
+            kind = eval(ast.unparse(argument.annotation), {"__builtins__": {}}, known)
+        except (NameError, TypeError):  # a class of Lightning's or a list: left to Lightning's own check
+            kind = Any
+        members.append((argument.arg, kind, field(default=ast.literal_eval(default))))
+    return make_dataclass("TrainerSchema", members)
+
+
+@dataclass
+class RunSchema:
+    """A run. Groups (model, data, ...) have files under conf/; every key can be set on the command line."""
+
+    name: str | None = setting(None, "the run's name; default: the variant and what was overridden")
+    task: str = setting("classification", "task", names=registry.TASKS)
+    seed: int = setting(0, "seed of weights, order of data and dropout", low=0, high=2**32 - 1)
+    root: str = setting("runs", "folder that holds the run folders")
+    folder: str | None = setting(None, "the run's own folder; default: root/group/name/seed")
+    resume: str = setting("auto", "auto: go on where the folder's run stopped; never: start anew; or a checkpoint to go on from")
+    init_from: str | None = setting(None, "checkpoint to take weights from, and nothing else")
+    plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
+    threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
+    model: ModelSchema = field(default_factory=ModelSchema)
+    data: DataSchema = field(default_factory=DataSchema)
+    optim: OptimSchema = field(default_factory=OptimSchema)
+    trainer: Any = field(default_factory=lambda: trainer_schema()())
+    parity: ParitySchema = field(default_factory=ParitySchema)
+    logger: LoggerSchema = field(default_factory=LoggerSchema)
+    checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
+    origin: OriginSchema = field(default_factory=OriginSchema)
+
+
+def run_schema() -> RunSchema:
+    """An instance with all defaults; ``trainer`` gets its type from the installed Lightning."""
+    run = RunSchema()
+    run.__dataclass_fields__["trainer"].type = trainer_schema()
+    return run

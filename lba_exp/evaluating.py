@@ -1,0 +1,131 @@
+"""Evaluate a finished run: another form, another split, other data. The run's folder is only read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from lba_exp import build, composing, messages
+from lba_exp.callbacks.checkpoints import BEST, load_checkpoint
+from lba_exp.checks import check
+from lba_exp.config import run_schema
+from lba_exp.errors import ConfigError
+from lba_exp.results.compare import evaluate_forms
+from lba_exp.results.folder import read_config
+
+SPLITS = ("train", "validation", "test")
+CHANGEABLE = ("data", "model.mixer.form", "model.mixer.chunk_size", "threads", "plugins")
+
+
+def configuration(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """A run's resolved configuration with overrides of what may change without retraining.
+
+    Raises:
+        RunFolderError: the folder holds no run. ConfigError: an override that is wrong, or that would need another training.
+    """
+    stored = read_config(folder)
+    schema = run_schema()
+    for override in composing.parse(overrides):
+        key = override.key_or_group
+        if key in composing.GROUPS or override.is_sweep_override() or override.is_delete():
+            raise ConfigError(f"{override.input_line!r}: an evaluation takes single keys, such as data.source=FOLDER.")
+        messages.check_key(key, schema)
+        if not any(key == c or key.startswith(c + ".") for c in CHANGEABLE):
+            raise ConfigError(f"{key} is part of what was trained: an evaluation can change {', '.join(CHANGEABLE)}.")
+        OmegaConf.update(stored, key, override.value(), force_add=True)
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(stored))
+    except OmegaConfBaseException as error:
+        raise ConfigError(messages.from_hydra(error, schema, composing.GLOBAL_GROUPS)) from None
+    composing.import_plugins(cfg.plugins)
+    check(cfg)
+    return cfg
+
+
+def load_model(folder: Path, cfg: DictConfig, spec: Any) -> torch.nn.Module:
+    """The run's model with the weights of its best-validation checkpoint, in evaluation mode on the CPU."""
+    task = build.task(cfg, spec)
+    state = load_checkpoint(folder / "checkpoints" / BEST)["state_dict"]
+    try:
+        task.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the weights of {folder} do not fit data {cfg.data.source!r} ({reason}): use data of the same length and classes."
+        ) from None
+    return task.model.eval()
+
+
+def evaluate(
+    run: str | Path, overrides: Sequence[str] = (), *, split: str = "test", form: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Accuracy of a finished run's best checkpoint in float32, form by form, and each form's distance to the form it was trained in.
+
+    Args:
+        run: the run folder.
+        overrides: ``data.*``, ``model.mixer.form``, ``model.mixer.chunk_size``, ``threads``.
+        split: train, validation or test.
+        form: one form, beside the reference; default: all.
+        quiet: print nothing.
+    Returns:
+        ``{"run", "split", "data", "reference", "forms": {form: {"accuracy", "agreement", "different", "near_ties", "rel", "max_abs", "count"}}}``;
+        a model without forms has one entry, ``"-"``, of its accuracy and count.
+    Raises:
+        UserError: a wrong folder, key, split, form, data set or checkpoint.
+    """
+    folder = Path(run).expanduser()
+    cfg = configuration(folder, overrides)
+    if split not in SPLITS:
+        raise ConfigError(f"split={split}: {messages.unknown(split, SPLITS, 'a split')}")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    data = build.data_module(cfg)
+    model = load_model(folder, cfg, data.spec)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    model.to(device)
+    if form is not None and form not in model.forms:
+        valid = model.forms or "none (softmax attention has one form)"
+        raise ConfigError(
+            f"form={form}: {messages.unknown(form, model.forms, 'a form of this model')}"
+            if model.forms
+            else f"form={form}: valid are {valid}."
+        )
+    batches = data.split_loader(split)
+    if model.forms:
+        figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
+        reference = model.form
+    else:
+        figures, reference = {"-": _accuracy(model, batches, device)}, "-"
+    result = {"run": str(folder), "split": split, "data": cfg.data.source, "reference": reference, "forms": figures}
+    _show(result, Console(quiet=quiet, width=None if sys.stdout.isatty() else 110))
+    return result
+
+
+@torch.no_grad()
+def _accuracy(model: torch.nn.Module, batches: Any, device: torch.device) -> dict[str, Any]:
+    count = correct = 0
+    for batch in batches:
+        mask = batch.get("padding_mask")
+        logits = model(batch["inputs"].to(device), None if mask is None else mask.to(device))
+        correct += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
+        count += len(batch["labels"])
+    return {"accuracy": correct / count, "count": count}
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{result['run']}: {result['split']} split of {result['data']}")
+    for column in ("form", "samples", "accuracy", "other predictions", "near ties", "relative error"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for form, f in result["forms"].items():
+        label = f"{form} (reference)" if form == result["reference"] and len(result["forms"]) > 1 else form
+        distance = [str(f.get("different", "")), str(f.get("near_ties", "")), f"{f['rel']:.1e}" if "rel" in f else ""]
+        table.add_row(label, str(f["count"]), f"{100 * f['accuracy']:.2f} %", *distance)
+    console.print(table)

@@ -1,0 +1,133 @@
+"""A run's folder: claimed by one process, written atomically, never overwritten silently."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lba_exp.errors import RunFolderError
+from lba_exp.results import naming
+
+_held: dict[Path, int] = {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside the target, forces it to disk, and renames: a reader sees the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a run folder (``result.json``); None where there is none.
+
+    Raises:
+        RunFolderError: the file is no record.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{path} is not a run's record ({error}): move it away to run anew.") from None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes ``result.json`` atomically; not-a-number and infinity are written as null, as JSON has no word for them."""
+    write_atomically(folder / "result.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    return value
+
+
+def read_config(folder: Path) -> DictConfig:
+    """The resolved configuration in a run folder.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RunFolderError(f"{folder} is no run folder: it has no config.yaml.")
+    return OmegaConf.load(path)
+
+
+class Claim:
+    """Holds a run folder for this process.
+
+    The lock is a POSIX record lock: the kernel drops it when the process dies, however it dies, and children do not inherit it, so that data
+    workers which outlive a killed run hold nothing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._new = [p for p in (folder, *folder.parents) if not p.exists()]
+
+    def __enter__(self) -> Claim:
+        if self.folder in _held:
+            raise RunFolderError(f"{self.folder} is in use by a run of this process: wait for it, or give another name= or seed=.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(
+                f"the run folder {self.folder} cannot be written ({error.strerror}): give another root= or folder=."
+            ) from None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise RunFolderError(f"{self.folder} is in use by another process: wait for it, or give another name= or seed=.") from None
+        _held[self.folder] = descriptor
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(_held.pop(self.folder))
+
+    def abandon(self) -> None:
+        """Removes what this claim made, where nothing else was put there: a run that never began leaves no folder."""
+        if not self._new or [p.name for p in self.folder.iterdir()] != [".lock"]:
+            return
+        (self.folder / ".lock").unlink()
+        for path in self._new:
+            try:
+                path.rmdir()
+            except OSError:
+                break
+
+
+def check_same(cfg: DictConfig, folder: Path) -> None:
+    """Raises RunFolderError where the folder holds a run of another configuration."""
+    differing = naming.differences(cfg, OmegaConf.to_container(read_config(folder), resolve=True))
+    if differing:
+        shown = "; ".join(f"{k} is {b} there, {a} here" for k, (a, b) in list(differing.items())[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise RunFolderError(f"{folder} holds a run of another configuration ({shown}{more}): give another name= or folder=.")
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames the content of an unfinished run into a numbered folder beside it, so that ``resume=never`` destroys nothing."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.aside{number}")).exists():
+        number += 1
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            os.replace(path, target / path.name)
+    return target

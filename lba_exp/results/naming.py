@@ -1,0 +1,74 @@
+"""The name, group and folder of a run, from its configuration alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+# Overrides that never tell two runs apart by name: shown elsewhere in the path, or without influence on what is computed.
+NEUTRAL = ("model", "seed", "name", "root", "folder", "resume", "experiments", "sweeps", "logger", "trainer.enable_progress_bar")
+# Keys in which a run that goes on may differ from the run that was begun.
+FREE = ("root", "folder", "resume", "logger", "origin")
+LONGEST = 100
+
+
+def data_name(cfg: DictConfig) -> str:
+    """``data.name``, or the last part of ``data.source``."""
+    return cfg.data.name or Path(cfg.data.source.partition(":")[0]).expanduser().name or "data"
+
+
+def group(cfg: DictConfig) -> str:
+    """The sweep, else the experiment, else the data set."""
+    return cfg.origin.sweep or cfg.origin.experiment or data_name(cfg)
+
+
+def name(cfg: DictConfig) -> str:
+    """``name=``, or the variant (in a sweep of experiments, the experiment) and what was overridden."""
+    if cfg.name:
+        return _safe(cfg.name)
+    variant = cfg.origin.experiment if cfg.origin.sweep and cfg.origin.experiment else cfg.model.name
+    neutral = NEUTRAL if cfg.origin.sweep or cfg.origin.experiment else (*NEUTRAL, "data", "data.name", "data.source")
+    told = []
+    for override in cfg.origin.overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
+            told.append(override.lstrip("+"))
+    return _safe(",".join([variant, *told]))
+
+
+def _safe(text: str) -> str:
+    text = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return text
+
+
+def folder(cfg: DictConfig) -> Path:
+    """The run's folder: ``folder=``, or ``root/group/name/seedN``, absolute."""
+    path = Path(cfg.folder) if cfg.folder else Path(cfg.root) / _safe(group(cfg)) / name(cfg) / f"seed{cfg.seed}"
+    return path.expanduser().absolute()
+
+
+def comparable(cfg: DictConfig | dict) -> dict[str, object]:
+    """Flat dotted key -> value of everything that decides what a run computes."""
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    flat: dict[str, object] = {}
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + str(key)] = value
+
+    walk({k: v for k, v in plain.items() if k not in FREE}, "")
+    return flat
+
+
+def differences(cfg: DictConfig | dict, other: DictConfig | dict) -> dict[str, tuple[object, object]]:
+    """Keys in which two configurations differ: key -> (value in the first, value in the second)."""
+    first, second = comparable(cfg), comparable(other)
+    return {k: (first.get(k), second.get(k)) for k in sorted({*first, *second}) if first.get(k) != second.get(k)}

@@ -1,0 +1,260 @@
+"""One run from its configuration to its record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lba_exp import build
+from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
+from lba_exp.checks import check
+from lba_exp.errors import ConfigError, RunFolderError, UserError
+from lba_exp.results import folder as folders
+from lba_exp.results import naming
+from lba_exp.results.figures import run_figure
+from lba_exp.results.metrics_log import MetricsLog
+from lba_exp.results.screen import end_table, start_panel
+
+logger = logging.getLogger("lba_exp")
+
+
+def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Trains, validates and tests one run, or returns the record of the run where it is finished already.
+
+    Args:
+        cfg: from ``lba_exp.compose``.
+        quiet: print nothing.
+    Returns:
+        The run's record, as in its ``result.json``; ``already_finished`` tells that nothing was run.
+    Raises:
+        UserError: a mistake in configuration or data, a run folder in use or of another run, or forms that differ (``parity=strict``).
+    """
+    check(cfg)
+    console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
+    folder = naming.folder(cfg)
+    if rank_zero_only.rank != 0:  # a further process of the same run: the first one holds the folder
+        return _run(cfg, folder, console)
+    with folders.Claim(folder) as claim:
+        record = folders.read_record(folder)
+        if record is not None and record["status"] == "finished":
+            folders.check_same(cfg, folder)
+            if cfg.resume == "never":
+                raise RunFolderError(
+                    f"{folder} holds this run, finished: give another name= or seed=, or move the folder away to run it anew."
+                )
+            console.print(f"This run is finished already; to run it anew, move {folder} away. Its result:", highlight=False)
+            end_table(record, console)
+            return record | {"already_finished": True}
+        try:
+            return _run(cfg, folder, console)
+        except BaseException:
+            claim.abandon()
+            raise
+
+
+def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    began = time.monotonic()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    data = build.data_module(cfg)
+    task = build.task(cfg, data.spec)
+    start = _starting_point(cfg, folder, console)
+    if cfg.init_from is not None and start is None:
+        _load_weights(task.model, Path(cfg.init_from).expanduser())
+    parts = build.Parts(cfg, console)
+    trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
+    if rank_zero_only.rank == 0:
+        _begin(cfg, folder)
+    trainer.loggers = logs = build.loggers(cfg, folder)
+    record = _head(cfg, folder, task, trainer)
+    code = 1
+    with _log_file(folder):
+        try:
+            start_panel(OmegaConf.to_container(cfg, resolve=True), record["parameters"], console)
+            _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
+            code = 0
+        except BaseException as error:
+            record |= {
+                "status": "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed",
+                "error": _sentence(error),
+            }
+            logger.error("%s", "".join(traceback.format_exception(error)))
+            if isinstance(error, SystemExit):  # Lightning's way of passing on Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            if rank_zero_only.rank == 0:
+                _end(cfg, folder, record, logs, parts, began, code)
+    end_table(record, console)
+    return record
+
+
+def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) -> None:
+    rows = next(log for log in logs if isinstance(log, MetricsLog))
+    step = load_checkpoint(start)["global_step"] if start else -1
+    rows.keep_until(step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        best = folder / "checkpoints" / BEST
+        if best.is_file() and not trainer.fast_dev_run:
+            content = load_checkpoint(best)
+            record["best"] = {"epoch": content["epoch"], "step": content["global_step"], "monitor": cfg.checkpoint.monitor}
+            task.load_state_dict(content["state_dict"])
+        else:
+            record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "monitor": "none: the final weights"}
+        trainer.test(task, datamodule=data, verbose=False)
+    record["metrics"] = _metrics(rows.rows, record["best"]["step"])
+    record["metrics"]["test"] = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+    record["status"] = "finished"
+
+
+def _metrics(rows: list[dict[str, Any]], step: int) -> dict[str, dict[str, float]]:
+    row = next((r for r in reversed(rows) if r["step"] == step), {})
+    splits = {"train": "train/", "validation": "val/"}
+    return {s: {k.removeprefix(p): v for k, v in row.items() if k.startswith(p) and k != "train/step_loss"} for s, p in splits.items()}
+
+
+def _starting_point(cfg: DictConfig, folder: Path, console: Console) -> Path | None:
+    """The checkpoint to go on from; None: from the start."""
+    if cfg.resume == "never":
+        if rank_zero_only.rank == 0 and (folder / "config.yaml").is_file():
+            console.print(f"The unfinished run that was here is kept in {folders.set_aside(folder)}.", highlight=False)
+        return None
+    if cfg.resume != "auto":
+        return Path(cfg.resume).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        return None
+    folders.check_same(cfg, folder)
+    start, complaints = newest_readable(folder)
+    for complaint in complaints:
+        console.print(f"{complaint} Going on from the one before it.", highlight=False)
+    if start is not None:
+        console.print(f"Going on from {start}.", highlight=False)
+    return start
+
+
+def _load_weights(model: torch.nn.Module, path: Path) -> None:
+    state = {k.removeprefix("model."): v for k, v in load_checkpoint(path).get("state_dict", {}).items() if k.startswith("model.")}
+    own = model.state_dict()
+    wrong = sorted({*state} ^ {*own}) or [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        raise ConfigError(f"init_from={path} holds another model: {wrong[0]} is missing there or here, or has another shape.")
+    model.load_state_dict(state)
+
+
+def _begin(cfg: DictConfig, folder: Path) -> None:
+    (folder / "result.json").unlink(missing_ok=True)  # of a run that failed: a record is written last
+    folders.write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    folders.write_atomically(folder / "overrides.yaml", OmegaConf.to_yaml(cfg.origin.overrides))
+
+
+def _head(cfg, folder, task, trainer) -> dict[str, Any]:
+    model = task.model
+    return {
+        "status": "running",
+        "name": naming.name(cfg),
+        "variant": cfg.model.name,
+        "group": naming.group(cfg),
+        "data": naming.data_name(cfg),
+        "experiment": cfg.origin.experiment,
+        "sweep": cfg.origin.sweep,
+        "seed": cfg.seed,
+        "folder": str(folder),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "form": getattr(model, "form", None),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_size": getattr(model, "state_size", None),
+        "git": git_state(),
+        "environment": build.describe_environment(trainer),
+    }
+
+
+def _end(cfg, folder, record, logs, parts, began, code) -> None:
+    record["parity"] = parts.parity.record() if parts.parity is not None else None
+    record["efficiency"] = parts.efficiency.record() | {"wall_seconds": time.monotonic() - began}
+    rows = next(log for log in logs if isinstance(log, MetricsLog))
+    rows.save()
+    try:
+        if rows.rows:
+            run_figure(rows.rows, folder / "run.png", f"{record['name']} on {record['data']}, seed {record['seed']}", cfg.parity.tolerance)
+    finally:
+        _finish_wandb(logs, record, folder / "run.png", code)
+        folders.write_record(folder, record)
+
+
+def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -> None:
+    """Closes the W&B run with the exit code, whatever happened: an open one would take the next run's numbers."""
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
+    try:
+        for key, value in record.get("metrics", {}).get("test", {}).items():
+            wandb.run.summary[f"test/{key}"] = value
+        wandb.run.summary["record"] = {
+            k: record.get(k) for k in ("status", "parameters", "state_size", "best", "efficiency", "parity", "git")
+        }
+        if figure.is_file():
+            wandb.run.log({"run": wandb.Image(str(figure))})
+    finally:
+        wandb.finish(exit_code=code)
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the working folder's repository and whether it has uncommitted changes; nulls outside of one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], capture_output=True, text=True, timeout=10, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".rstrip(": ")
+
+
+@contextmanager
+def _log_file(folder: Path):
+    """Everything that is logged or warned of goes to train.log in the run folder; Lightning's own remarks go there only."""
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    names = ("lightning", "lightning.pytorch", "lightning.fabric", "lba_exp", "py.warnings")
+    saved = []
+    for name in names:
+        log = logging.getLogger(name)
+        saved.append((log, list(log.handlers), log.level, log.propagate))
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for log, handlers, level, propagate in saved:
+            log.handlers, log.propagate = handlers, propagate
+            log.setLevel(level)
+        handler.close()

@@ -1,0 +1,111 @@
+"""Classification of sequences as a LightningModule: loss, metrics, optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lba_exp.nn.decay_groups import weight_decay_groups
+
+
+def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
+    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine."""
+    warmup = round(warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Classification(pl.LightningModule):
+    """Trains ``model(inputs, padding_mask) -> (B, classes)`` on batches {"inputs", "labels", optional "padding_mask"}.
+
+    Metrics of a split are means over its samples, each counted once. Those of the training split are means since the last validation; they are
+    part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
+
+    Args:
+        model: the classifier.
+        classes: number of classes.
+        optim: the settings of ``OptimSchema`` as a plain dict.
+        seed: the run's seed; dropout in batch i of epoch e is a function of (seed, e, i, rank).
+        hyper_parameters: the resolved configuration as a plain dict, kept in the checkpoint.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, classes: int, optim: dict[str, Any], seed: int = 0, hyper_parameters: dict[str, Any] | None = None
+    ):
+        super().__init__()
+        self.model = model
+        self.optim = dict(optim)
+        self.seed = seed
+        if hyper_parameters:
+            self.save_hyperparameters(hyper_parameters, logger=False)
+        self.train_loss, self.train_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
+        self.val_loss, self.val_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
+        self.test_loss, self.test_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
+        self.train_loss.persistent(True)
+        self.train_accuracy.persistent(True)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (B, classes) of a batch."""
+        return self.model(batch["inputs"], padding_mask=batch.get("padding_mask"))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # A state of the generator that depends on the position alone makes a resumed run repeat the uninterrupted one.
+        words = [self.seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch)
+        loss = nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.optim["label_smoothing"])
+        self.train_loss.update(loss.detach(), weight=len(logits))
+        self.train_accuracy.update(logits.detach(), batch["labels"])
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def take_train_metrics(self) -> dict[str, float]:
+        """Means over the training samples since the last call; an empty dict where there were none."""
+        if float(self.train_loss.weight) == 0:
+            return {}
+        metrics = {"train/loss": self.train_loss, "train/accuracy": self.train_accuracy}
+        values = {k: float(m.compute()) for k, m in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        return values
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
+        logits = self(batch)
+        loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
+        loss.update(nn.functional.cross_entropy(logits.float(), batch["labels"]), weight=len(logits))
+        accuracy.update(logits, batch["labels"])
+        # logger=False: the recorder callback writes every row, so that a step has one row
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
+        self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        o = self.optim
+        groups = weight_decay_groups(self.model, o["weight_decay"])
+        optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"])
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def hash_words(words: list[int]) -> bytes:
+    """A digest of whole numbers, the same on every machine and run."""
+    return hashlib.sha256(",".join(map(str, words)).encode()).digest()
