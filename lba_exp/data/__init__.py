@@ -1,0 +1,1 @@
+"""Data modules: where samples come from, how they become batches, and in which order a run sees them."""

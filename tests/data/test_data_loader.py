@@ -1,0 +1,193 @@
+"""The loader by itself: order, shards, position, workers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lba_exp.data.loader import EpochOrder, ResumableLoader
+from lba_exp.errors import DataError
+
+
+class Numbers:
+    """Sample i is (i, a random number that belongs to this sample in this epoch)."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def draw(self, index, rng):
+        return torch.tensor([index, int(rng.integers(1 << 40))])
+
+
+class Broken:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise DataError("sample 7 cannot be read.")
+        return index
+
+
+def loader(size=23, batch=4, **settings):
+    return ResumableLoader(Numbers(size), batch, **{"seed": 3, "shuffle": True, **settings})
+
+
+def epoch(batches):
+    return [batch.tolist() for batch in batches]
+
+
+def orders(samples, batch, ranks, **settings):
+    given = {"seed": 0, "shuffle": True, "drop_last": False, "equal_shards": True, **settings}
+    return [EpochOrder(samples, batch, rank=rank, world_size=ranks, **given) for rank in range(ranks)]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    first, again = loader(), loader()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    epochs = [epoch(first) for _ in range(3)]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again.set_epoch(2)
+    assert epoch(again) == epochs[2]
+    assert sorted(sample for batch in epochs[0] for sample, _ in batch) == list(range(23))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epoch(loader(seed=4)) != epochs[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_touches_torchs_random_state(workers):
+    state = torch.get_rng_state()
+    epoch(loader(workers=workers))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_augmentation_belongs_to_the_sample_and_the_epoch():
+    def draws(number, **settings):
+        chosen = loader(**settings)
+        chosen.set_epoch(number)
+        return dict(sample for batch in epoch(chosen) for sample in batch)
+
+    first = draws(0)
+    assert first == draws(0, batch=23, shuffle=False)
+    assert len(set(first.values())) == 23
+    assert not set(first.values()) & set(draws(1).values())
+
+
+def test_workers_change_nothing_and_live_from_epoch_to_epoch():
+    alone, helped = loader(), loader(workers=2)
+    processes = []
+    for _ in range(3):
+        assert epoch(alone) == epoch(helped)
+        processes.append([worker.pid for worker in helped._iterator._workers])
+    assert processes[0] == processes[1] == processes[2]
+
+
+def test_an_epoch_left_early_leaves_no_batch_behind():
+    left, straight = loader(workers=2), loader(workers=2)
+    batches = iter(left)
+    next(batches), next(batches)
+    left.set_epoch(1)
+    straight.set_epoch(1)
+    assert epoch(left) == epoch(straight)
+
+
+def test_no_worker_starts_before_the_first_batch():
+    lazy = loader(workers=2)
+    batches = iter(lazy)
+    assert lazy._iterator is None
+    next(batches)
+    assert len(lazy._iterator._workers) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("position", [0, 1, 5, 6])
+def test_a_loaded_position_goes_on_exactly(workers, position):
+    whole = loader()
+    whole.set_epoch(1)
+    expected = [*epoch(whole), *epoch(whole)]
+    stopped = loader(workers=workers)
+    stopped.set_epoch(1)
+    batches = iter(stopped)
+    for _ in range(position):
+        next(batches)
+    fresh = loader(workers=workers)
+    thrown_away = iter(fresh)
+    fresh.load_state_dict(stopped.state_dict())
+    assert fresh.state_dict() == stopped.state_dict()
+    # from an epoch's border the next epoch follows, without an empty one in between
+    assert [*epoch(fresh), *epoch(fresh)][: len(expected) - position] == expected[position:]
+    assert len(fresh) == 6
+    del thrown_away
+
+
+def test_set_epoch_keeps_a_loaded_place_only_in_its_own_epoch():
+    state = {**loader().state_dict(), "epoch": 1, "position": 2}
+    same, next_one, whole = loader(), loader(), loader()
+    same.load_state_dict(state)
+    same.set_epoch(1)
+    next_one.load_state_dict(state)
+    next_one.set_epoch(2)
+    whole.set_epoch(1)
+    assert epoch(same) == epoch(whole)[2:]
+    assert epoch(next_one) == epoch(whole)
+
+
+@pytest.mark.parametrize("change", [{"batch": 5}, {"size": 24}, {"seed": 4}, {"shuffle": False}, {"drop_last": True}, {"world_size": 2}])
+def test_a_place_in_another_order_is_refused(change):
+    with pytest.raises(DataError, match=r"there, .* here"):
+        loader(**change).load_state_dict(loader().state_dict())
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=st.integers(1, 60), batch=st.integers(1, 9), ranks=st.integers(1, 5), drop_last=st.booleans(), epoch=st.integers(0, 3))
+def test_training_shards_are_equal_and_cover_the_data(samples, batch, ranks, drop_last, epoch):
+    shards = [order.batches(epoch) for order in orders(samples, batch, ranks, drop_last=drop_last)]
+    assert len({tuple(map(len, shard)) for shard in shards}) == 1
+    seen = [index for shard in shards for batch_ in shard for index in batch_]
+    if drop_last:
+        assert len(seen) == len(set(seen))
+        assert all(len(batch_) == batch for shard in shards for batch_ in shard)
+        assert samples - len(seen) < batch * ranks
+    else:
+        assert set(seen) == set(range(samples))
+        assert max(seen.count(index) for index in seen) - min(seen.count(index) for index in seen) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=st.integers(1, 60), batch=st.integers(1, 9), ranks=st.integers(1, 5))
+def test_evaluation_sees_each_sample_exactly_once(samples, batch, ranks):
+    shards = [order.batches(0) for order in orders(samples, batch, ranks, shuffle=False, equal_shards=False)]
+    assert sorted(index for shard in shards for batch_ in shard for index in batch_) == list(range(samples))
+    assert all(0 < len(batch_) <= batch for shard in shards for batch_ in shard)
+    if batch > 1 and samples >= ranks:
+        assert len({len(shard) for shard in shards}) == 1
+
+
+def test_a_global_batch_is_the_same_for_any_number_of_ranks():
+    alone = orders(48, 12, 1)[0].batches(2)
+    shared = [order.batches(2) for order in orders(48, 4, 3)]
+    for step, batch in enumerate(alone):
+        assert sorted(batch) == sorted(index for shard in shared for index in shard[step])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_sample_stays_one_sentence(workers):
+    broken = ResumableLoader(Broken(), 3, seed=0, shuffle=False, workers=workers)
+    batches = iter(broken)
+    assert next(batches).tolist() == [0, 1, 2]
+    next(batches)
+    with pytest.raises(DataError, match=r"^sample 7 cannot be read\.$"):
+        next(batches)
+
+
+def test_no_batch_at_all_is_an_error():
+    with pytest.raises(DataError, match=r"3 samples make no batch of 4"):
+        loader(size=3, drop_last=True)
+    with pytest.raises(DataError, match="0 samples"):
+        loader(size=0)
