@@ -27,8 +27,6 @@ def silu_normalised(x: Tensor) -> Tensor:
     SiLU is never below -0.28, so no entry and no norm is ever 0. Computed in at least float32.
     """
     shifted = F.silu(x.to(torch.promote_types(x.dtype, torch.float32))) + 0.5
-    # the result does not depend on the scale of its input: dividing by the maximum first keeps the squares from overflowing
-    shifted = shifted / shifted.detach().amax(-1, keepdim=True)
     return (shifted / torch.linalg.vector_norm(shifted, dim=-1, keepdim=True)).to(x.dtype)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lba_exp.nn.checks import check_choice, check_positive
+from lba_exp.nn.checks import check_positive
+from lba_exp.ops.checks import choice
 
 INITIALISATIONS = ("timescales", "random")
 SHORTEST_MEMORY = 4.0
@@ -45,7 +46,7 @@ class Gate(nn.Module):
     def __init__(self, width: int, heads: int, init: str = "timescales"):
         super().__init__()
         check_positive(width=width, heads=heads)
-        check_choice("gate_init", init, INITIALISATIONS)
+        choice("gate_init", init, INITIALISATIONS)
 
 
 class NoGate(Gate):

@@ -93,5 +93,5 @@ def test_saturated_gates_have_finite_values_and_gradients(kind, sign):
 
 @pytest.mark.parametrize("kind", [NoGate, FixedGate, SelectiveGate])
 def test_unknown_initialisation_names_the_valid_ones(kind):
-    with pytest.raises(ValueError, match="gate_init is 'hippo': choose one of timescales, random"):
+    with pytest.raises(ValueError, match="gate_init: got 'hippo', valid are 'timescales', 'random'"):
         kind(8, 4, "hippo")
