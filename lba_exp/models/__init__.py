@@ -1,0 +1,1 @@
+"""Encoders with heads, put together from the layers in ``lba_exp.nn``."""
