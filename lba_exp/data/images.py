@@ -1,0 +1,207 @@
+"""Images as sequences of pixels: the embedded digits, a local folder, or a data set of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from lba_exp.data.labels import SPLITS, cut_splits, read_labels
+from lba_exp.data.loader import ResumableLoader
+from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
+from lba_exp.data.reading import read_splits
+from lba_exp.data.sources import resolve_source
+from lba_exp.data.spec import DataSpec
+from lba_exp.errors import DataError
+from lba_exp.messages import unknown
+
+
+class PixelSequences(pl.LightningDataModule):
+    """Classification of images, each a sequence of its grey pixels in row-major order.
+
+    A batch is ``{"inputs": (B, L, 1) float32, "labels": (B,) int64}``; inputs have the mean of the training split's pixels taken off
+    and are divided by their standard deviation. Training batches come shuffled from a ``ResumableLoader`` (not shuffled under
+    Lightning's ``overfit_batches``); evaluation gives each sample exactly once over all devices. Images are decoded once and kept as
+    uint8; beyond 2 GiB they are decoded when asked for, and mean and deviation come from 10,000 training images.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 digits of 8 x 8 pixels, split 70/10/20 %), a local folder (train.parquet and test.parquet,
+            one written by ``save_to_disk``, or images as train/CLASS/*.png), or a hub name, "org/name" or "org/name:config".
+        name: what the data set is called; None: from ``source``.
+        image_column, label_column: where images and labels are; labels are ClassLabel, integers 0..n-1 or strings.
+        size: resize to size x size pixels; None: as they are.
+        validation_fraction, test_fraction: share of the source's training split that becomes a split which the source lacks, by label.
+        split_seed: of those cuts.
+        batch_size, eval_batch_size: sequences a batch on one device, in training and otherwise.
+        workers: processes that load; 0: the training process itself.
+        seed: of the training order and the augmentation.
+        augment: "none", or "shift" (training images moved by up to one pixel each way).
+
+    Raises:
+        DataError: an unknown ``augment``; in ``setup``: data that is missing or not as described.
+    """
+
+    def __init__(
+        self,
+        source: str = "digits",
+        *,
+        name: str | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        size: int | None = None,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        workers: int = 0,
+        seed: int = 0,
+        augment: str = "none",
+    ):
+        super().__init__()
+        if augment not in AUGMENTATIONS:
+            raise DataError(unknown(str(augment), AUGMENTATIONS, "an augmentation (data.augment)"))
+        self.source, self.name, self.image_column, self.label_column, self.size = source, name, image_column, label_column, size
+        self.validation_fraction, self.test_fraction, self.split_seed = validation_fraction, test_fraction, split_seed
+        self.batch_size, self.eval_batch_size, self.workers, self.seed, self.augment = batch_size, eval_batch_size, workers, seed, augment
+        self._raw: dict[str, Any] | None = None
+        self._splits: dict[str, PixelSplit] | None = None
+        self._spec: DataSpec | None = None
+
+    @property
+    def spec(self) -> DataSpec:
+        """The data set in numbers and names; RuntimeError before ``setup``."""
+        if self._spec is None:
+            raise RuntimeError("call setup() before asking for the spec")
+        return self._spec
+
+    def prepare_data(self) -> None:
+        """Reads, or downloads, on one process; the others then find it in the cache."""
+        if self._splits is None and self._raw is None:
+            self._raw = read_splits(resolve_source(self.source))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, checks, cuts and decodes all splits, once; raises DataError."""
+        if self._splits is not None:
+            return
+        source = resolve_source(self.source)
+        name = self.name or source.name
+        raw, self._raw = self._raw or read_splits(source), None
+        images = {
+            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split") for split, dataset in raw.items()
+        }
+        labels, class_names = read_labels(raw, self.label_column, source.name)
+        cut = cut_splits(
+            labels, validation_fraction=self.validation_fraction, test_fraction=self.test_fraction, seed=self.split_seed
+        )
+        shape = images["train"].shape
+        for found in images.values():
+            found.shape = shape  # of the training split's first image, so that a split of another size is noticed too
+        fits = sum(len(found) for found in images.values()) * shape[0] * shape[1] <= MEMORY_LIMIT
+        pixels = decode(images, show=self.trainer is None or self.trainer.is_global_zero) if fits else images
+        of, rows = cut["train"]
+        if not fits:
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:STATISTICS_SAMPLE])
+        self._normalise = Normalise(*statistics(pixels[of], rows))
+        self._splits = {split: PixelSplit(pixels[of], labels[of][rows], rows) for split, (of, rows) in cut.items()}
+        self._spec = DataSpec(
+            name=name,
+            length=shape[0] * shape[1],
+            classes=len(class_names),
+            class_names=class_names,
+            channels=1,
+            vocabulary=None,
+            sizes={split: len(found) for split, found in self._splits.items()},
+            fingerprint=self._fingerprint(shape),
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of the training split, augmented, in an order of their own every epoch."""
+        samples = self._split("train")
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        augmented = samples if AUGMENTATIONS[self.augment] is None else Augmented(samples, AUGMENTATIONS[self.augment])
+        return self._loader(augmented, self.batch_size, shuffle=not overfit, equal_shards=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self.split_loader("validation")
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self.split_loader("test")
+
+    def split_loader(self, split: str) -> ResumableLoader:
+        """Batches for evaluation of "train", "validation" or "test": in order, not augmented, each sample once; raises DataError."""
+        return self._loader(self._split(split), self.eval_batch_size, shuffle=False, equal_shards=False)
+
+    def _split(self, split: str) -> PixelSplit:
+        self.setup()
+        if split not in self._splits:
+            raise DataError(unknown(split, SPLITS, f"a split of {self.spec.name}"))
+        return self._splits[split]
+
+    def _loader(self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool) -> ResumableLoader:
+        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return ResumableLoader(
+            samples,
+            batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            workers=self.workers,
+            rank=rank,
+            world_size=ranks,
+            equal_shards=equal_shards,
+            collate=self._normalise,
+        )
+
+    def _fingerprint(self, shape: tuple[int, int]) -> str:
+        """16 hexadecimal digits over shapes, labels and pixels of all splits; where not all are decoded, of the pixels the statistics."""
+        digest = hashlib.sha256(repr((shape, self._normalise.mean, self._normalise.deviation)).encode())
+        for split in SPLITS:
+            samples = self._splits[split]
+            digest.update(f"{split} {len(samples)}".encode() + samples.labels.tobytes())
+            if isinstance(samples.images, np.ndarray):
+                for start in range(0, len(samples), 4_096):
+                    digest.update(samples.images[samples.rows[start : start + 4_096]].tobytes())
+        return digest.hexdigest()[:16]
+
+
+class PixelSplit:
+    """Samples of one split: (uint8 image (height, width), label)."""
+
+    def __init__(self, images: np.ndarray | Images, labels: np.ndarray, rows: np.ndarray):
+        self.images, self.labels, self.rows = images, labels, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[self.rows[index]], int(self.labels[index])
+
+
+class Augmented:
+    """Samples of a split with an augmentation ``(image, rng) -> image``, drawn by the loader for each sample and epoch."""
+
+    def __init__(self, samples: PixelSplit, augment: Any = shift):
+        self.samples, self.augment = samples, augment
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        image, label = self.samples[index]
+        return self.augment(image, rng), label
+
+
+class Normalise:
+    """List of (uint8 image, label) -> batch; ``mean`` and ``deviation`` are those of pixels in 0..1."""
+
+    def __init__(self, mean: float, deviation: float):
+        self.mean, self.deviation = mean, deviation
+        # 256 values in a table: no arithmetic on every pixel, and no threads that compete with the model's
+        self._table = ((np.arange(256) / 255 - mean) / deviation).astype(np.float32)
+
+    def __call__(self, samples: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
+        inputs = self._table.take(np.stack([image for image, _ in samples])).reshape(len(samples), -1, 1)
+        return {"inputs": torch.from_numpy(inputs), "labels": torch.tensor([label for _, label in samples])}

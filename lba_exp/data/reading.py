@@ -1,0 +1,95 @@
+"""From a source to the splits that it has, as ``datasets.Dataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lba_exp.data.sources import Source, nearest_embedded
+from lba_exp.errors import DataError
+from lba_exp.messages import unknown
+
+ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
+
+
+def read_splits(source: Source) -> dict[str, Any]:
+    """split -> ``datasets.Dataset`` for those of train, validation and test that the source has; "train" is always among them.
+
+    Raises:
+        DataError: nothing readable in the folder, no answer from the hub, no such data set, no training split, an empty split.
+    """
+    if source.kind == "embedded":
+        found: Mapping[str, Any] = {"train": digits()}
+    elif source.kind == "folder":
+        found = _read_folder(source.path)
+    else:
+        found = _read_hub(source)
+    splits = {split: found[alias] for split, aliases in ALIASES.items() for alias in reversed(aliases) if alias in found}
+    if "train" not in splits:
+        raise DataError(f"{source.name} has no split named train: it has {', '.join(map(str, found)) or 'none'}.")
+    for split, dataset in splits.items():
+        if not len(dataset):
+            raise DataError(f"the {split} split of {source.name} is empty: every split needs samples.")
+    return splits
+
+
+def digits() -> Any:
+    """scikit-learn's 1,797 handwritten digits as a ``datasets.Dataset``: image (8 x 8, grey, 0..240 in steps of 15), label (10 classes)."""
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    table = load_digits()
+    images = [Image.fromarray(image) for image in (table.images * 15).astype(np.uint8)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in table.target_names]))
+    return datasets.Dataset.from_dict({"image": images, "label": table.target.tolist()}, features=features)
+
+
+def check_column(dataset: Any, column: str, setting: str, where: str) -> None:
+    """Raises DataError where ``dataset`` lacks ``column``, with the columns that there are and the nearest."""
+    if column not in dataset.column_names:
+        raise DataError(f"{where}: {unknown(column, dataset.column_names, f'a column (data.{setting})')}")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without its later lines and final stop; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _read_folder(path: Path) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return datasets.load_dataset(str(path))
+    except Exception as error:  # whatever `datasets` trips over in a stranger's folder
+        holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise DataError(
+            f"the data folder {path} cannot be read (it holds {holds}): expected train.parquet and test.parquet, "
+            f"a folder written by save_to_disk, or images as train/CLASS/*.png; {first_line(error)}."
+        ) from error
+
+
+def _read_hub(source: Source) -> Mapping[str, Any]:
+    import datasets
+
+    name = source.repository
+    try:
+        return datasets.load_dataset(name, source.config)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        no_folder = "there is no local folder of that name"
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            said = f"the hub has no open data set {name!r}, and {no_folder}.{nearest_embedded(name)}"
+        elif isinstance(error, ConnectionError):
+            said = (
+                f"no answer from the hub for the data set {name!r} (no network?), and {no_folder}: "
+                f"a folder on this machine works without network.{nearest_embedded(name)}"
+            )
+        else:
+            said = f"the data set {name!r} cannot be read from the hub: {first_line(error)}."
+        raise DataError(said) from error
