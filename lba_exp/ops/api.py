@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lba_exp.ops import checks
+from lba_exp.ops.blockwise import blockwise
 from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
 from lba_exp.ops.parallel import parallel
@@ -14,7 +15,7 @@ MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity 
 DIRECTIONS = {"both": ("forward", "backward"), "forward": ("forward",), "backward": ("backward",)}
 
 # looked up at each call: a test can put a faulty form in place of one
-_IMPLEMENTATIONS = {"parallel": parallel, "recurrent": recurrent, "chunkwise": chunkwise}
+_IMPLEMENTATIONS = {"parallel": parallel, "recurrent": recurrent, "chunkwise": chunkwise, "blockwise": blockwise}
 
 PARALLEL_UP_TO = 256  # tokens; measured, see choose_form
 
@@ -53,14 +54,10 @@ def run_form(
         form = choose_form(q.shape[1])
     if form == "fused":
         raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
-    if form not in _IMPLEMENTATIONS:
-        raise ValueError(f"form: {form!r} is not in this build yet; valid are {', '.join(map(repr, _IMPLEMENTATIONS))} and 'auto'")
-    dtype = torch.float64 if double else torch.float32
     with torch.autocast(device_type=q.device.type, enabled=False):
         if padding_mask is not None:
             padded = ~padding_mask[:, :, None, None]
             q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
-        q, k, v = (x.to(dtype) for x in (q, k, v))
         return _IMPLEMENTATIONS[form](
             q,
             k,

@@ -59,6 +59,11 @@ def step_log_decays(
     return own_forward, following
 
 
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any of the tensors is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def to_steps(log_decay: Tensor | None) -> Tensor | None:
     """A decay of any accepted shape as a step decay ``(B or 1, L or 1, H, X)``; None stays None."""
     if log_decay is None or log_decay.ndim == 4:
@@ -138,3 +143,16 @@ def sums_inside(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     onto = torch.nn.functional.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
     whole = into[..., -1:, :]
     return (into.flip(-2), onto.flip(-2), whole) if reverse else (into, onto, whole)
+
+
+def empty_gradient(x: Tensor | None, length: int) -> Tensor | None:
+    """Zeros like a step decay, in float64 where the gradients of many steps will be summed."""
+    return None if x is None else torch.zeros_like(x, dtype=x.dtype if x.shape[1] == length else torch.float64)
+
+
+def add_steps(target: Tensor, gradient: Tensor, start: int, stop: int) -> None:
+    """Add the gradients ``(B, stop - start, H, X)`` of steps start..stop-1, summed over the sizes that ``target`` does not have."""
+    if target.shape[1] > 1:
+        target[:, start:stop] += gradient.sum_to_size(target.shape[0], *gradient.shape[1:])
+    else:
+        target += gradient.to(target.dtype).sum_to_size(target.shape)

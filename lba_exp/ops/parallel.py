@@ -2,7 +2,23 @@
 
 from torch import Tensor
 
-from lba_exp.ops.decays import decay_mask
+from lba_exp.ops.channels import channel_scores, halving, pad_tokens
+from lba_exp.ops.decays import LOWEST, compute_dtype, decay_mask
+from lba_exp.ops.inside import is_vector
+
+
+def _channel_scores(
+    q: Tensor, k: Tensor, forward: Tensor | None, backward: Tensor | None, weight: float, directions: tuple[str, ...]
+) -> Tensor:
+    length = q.shape[2]
+    block, padded = halving(length)
+    steps = []
+    for x in (forward, backward):
+        if x is not None:
+            x = x.clamp_min(LOWEST).expand(-1, length, -1, -1).transpose(1, 2)
+        steps.append(pad_tokens(x, padded))
+    scores = channel_scores(pad_tokens(q, padded), pad_tokens(k, padded), *steps, block, weight, directions)
+    return scores[..., :length, :length]
 
 
 def parallel(
@@ -19,11 +35,14 @@ def parallel(
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` in O(L^2) work and memory; ``chunk_size`` has no meaning here.
 
-    Arguments as ``lba_exp.ops.api.run_form`` hands them over: inputs of one dtype (float32 or float64), step decays, None = no decay.
+    Arguments as ``lba_exp.ops.api.run_form`` hands them over: checked, padded tokens 0, step decays as ``decays.py`` says, None = no decay.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
-    if any(x is not None and x.shape[-1] > 1 for x in (forward, backward)):
-        raise ValueError("form: 'parallel' does not take a vector decay yet; use 'recurrent'")
+    dtype = compute_dtype(q, k, v)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+    if is_vector(forward, backward):
+        scores = _channel_scores(q, k, forward, backward, weight, directions)
+        numerator = (scores @ v).transpose(1, 2)
+        return numerator, scores.sum(-1).transpose(1, 2) if with_den else None
     scores = q @ k.mT
     if forward is not None or backward is not None or weight != 1.0 or len(directions) == 1:
         rows = [None if x is None else x[..., 0].transpose(1, 2) for x in (forward, backward)]  # (B, H, L)

@@ -3,15 +3,18 @@
 Both directions run side by side as one batch: step t handles token t for the forward direction and token L-1-t for the backward one. A
 state first decays, then is read, then takes in its token, so a read never holds the token itself; the diagonal is added once, apart.
 
-Training keeps the states at segment borders only. Every per-token gradient of q comes from running the recurrence again, those of k and v
-from the adjoint recurrence, run from the other end.
+Training keeps the states at segment borders only: the gradients of q come from running the recurrence again, those of k and v from the
+adjoint recurrence, run from the other end; a decay's gradient is the product of the state and its adjoint at the segment's first step,
+and changes from step to step by what a token gains as a query (q . dq) and loses as a key (k . dk).
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from lba_exp.ops.decays import LOWEST
+from lba_exp.ops.decays import LOWEST, add_steps, compute_dtype, empty_gradient
+from lba_exp.ops.inside import is_vector
 
 SEGMENT = 256  # tokens gathered at once
 
@@ -33,58 +36,75 @@ def advance(state: Tensor, shrink: Tensor | None, k: Tensor, v: Tensor, q: Tenso
 
 
 def retreat(state: Tensor, shrink: Tensor | None, k: Tensor, v: Tensor, q: Tensor, grad: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """The adjoint of ``advance``, in place on the adjoint state: steps T-1 down to 0; writes ``dk (T, N, Dk)`` and ``dv (T, N, Dv)``."""
-    for t in range(len(k) - 1, -1, -1):
-        torch.bmm(state, v[t].unsqueeze(-1), out=dk[t].unsqueeze(-1))
-        torch.bmm(k[t].unsqueeze(-2), state, out=dv[t].unsqueeze(-2))
-        state.addcmul_(q[t].unsqueeze(-1), grad[t].unsqueeze(-2))
-        if shrink is not None:
-            state.addcmul_(state, shrink[t])
+    """The adjoint of ``advance``, in place on the state's adjoint: steps T-1 to 0; writes ``dk (T, N, Dk)`` and ``dv (T, N, Dv)``."""
+    shrinks = [None] * len(k) if shrink is None else shrink.unbind(0)
+    columns = [x.unsqueeze(-1).unbind(0) for x in (v, dk, q)]
+    rows = [x.unsqueeze(-2).unbind(0) for x in (k, dv, grad)]
+    steps = list(zip(shrinks, *columns, *rows, strict=True))
+    for shrink_t, v_t, dk_t, q_t, k_t, dv_t, grad_t in reversed(steps):
+        torch.bmm(state, v_t, out=dk_t)
+        torch.bmm(k_t, state, out=dv_t)
+        state.addcmul_(q_t, grad_t)
+        if shrink_t is not None:
+            state.addcmul_(state, shrink_t)
 
 
-class _Sides:
-    """Gathers a segment of steps of every direction as one batch ``(T, N, ...)``, N = directions x B x H, and scatters it back."""
+class _Segment:
+    """Some steps of every direction as one batch ``(T, N, D)``, N = directions x B x H, and back."""
 
-    def __init__(self, directions: tuple[str, ...], batch: int, length: int, heads: int):
-        self.directions, self.batch, self.length, self.heads = directions, batch, length, heads
+    def __init__(self, start: int, stop: int, directions: tuple[str, ...], q: Tensor, dtype: torch.dtype):
+        self.start, self.stop, self.directions, self.dtype = start, stop, directions, dtype
+        self.batch, self.length, self.heads, _ = q.shape
 
-    def _parts(self, start: int, stop: int) -> list[tuple[slice, bool]]:
-        slices = {"forward": (slice(start, stop), False), "backward": (slice(self.length - stop, self.length - start), True)}
-        return [slices[direction] for direction in self.directions]
+    def tokens(self, direction: str) -> slice:
+        if direction == "backward":
+            return slice(self.length - self.stop, self.length - self.start)
+        return slice(self.start, self.stop)
 
-    def gather(self, x: Tensor, start: int, stop: int) -> Tensor:
-        parts = [x[:, where].flip(1) if flipped else x[:, where] for where, flipped in self._parts(start, stop)]
-        return torch.stack(parts).permute(2, 0, 1, 3, 4).reshape(stop - start, -1, x.shape[-1])
+    def _read(self, x: Tensor, direction: str) -> Tensor:
+        x = x[:, self.tokens(direction)]
+        return x.flip(1) if direction == "backward" else x
 
-    def decays(self, steps: list[Tensor | None], start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-        """``exp - 1`` of every direction's decays ``(T, N, X, 1)``; None where no direction decays."""
-        used = [steps[0] if d == "forward" else steps[1] for d in self.directions]
-        if all(x is None for x in used):
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        x = torch.stack(parts).to(self.dtype).permute(2, 0, 1, 3, 4)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``(B, L, H, D)``, each direction's tokens in the order in which it reads them."""
+        return self._flat([self._read(x, direction) for direction in self.directions])
+
+    def shrinks(self, steps: list[Tensor | None]) -> Tensor | None:
+        """``exp - 1`` of the directions' decays, ``(T, N, X, 1)``; None where no direction decays."""
+        used = {direction: steps[direction == "backward"] for direction in self.directions}
+        decays = [x for x in used.values() if x is not None]
+        if not decays:
             return None
-        width = max(1 if x is None else x.shape[-1] for x in used)
+        shape = (self.batch, self.stop - self.start, self.heads, max(x.shape[-1] for x in decays))
         parts = []
-        for x, (where, flipped) in zip(used, self._parts(start, stop), strict=True):
-            if x is None:
-                device = next(y.device for y in used if y is not None)
-                x = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
-            if x.shape[1] > 1:
-                x = x[:, where].flip(1) if flipped else x[:, where]
-            parts.append(shrinkage(x).to(dtype).expand(self.batch, stop - start, self.heads, width))
-        return torch.stack(parts).permute(2, 0, 1, 3, 4).reshape(stop - start, -1, width, 1)
+        for direction, x in used.items():
+            x = decays[0].new_zeros(1, 1, 1, 1) if x is None else shrinkage(x if x.shape[1] == 1 else self._read(x, direction))
+            parts.append(x.expand(shape))
+        return self._flat(parts)[..., None]
 
-    def split(self, x: Tensor) -> list[tuple[str, Tensor]]:
-        """``(T, N, D)`` as one ``(B, T, H, D)`` per direction, in the order in which the direction reads."""
+    def scatter(self, x: Tensor) -> dict[str, Tensor]:
+        """``(T, N, D)`` as ``(B, T, H, D)`` per direction, in the order of the sequence."""
         x = x.view(x.shape[0], len(self.directions), self.batch, self.heads, x.shape[-1]).permute(1, 2, 0, 3, 4)
-        return list(zip(self.directions, x, strict=True))
+        return {d: part.flip(1) if d == "backward" else part for d, part in zip(self.directions, x, strict=True)}
 
-    def add(self, target: Tensor, x: Tensor, start: int, stop: int) -> None:
-        """Add ``(T, N, D)``, every direction to its own tokens of ``target (B, L, H, D)``."""
-        for (_, part), (where, flipped) in zip(self.split(x), self._parts(start, stop), strict=True):
-            target[:, where] += part.flip(1) if flipped else part
+    def add(self, target: Tensor, x: Tensor) -> None:
+        """Add every direction's ``(T, N, D)`` to its own tokens of ``target (B, L, H, D)``."""
+        for direction, part in self.scatter(x).items():
+            target[:, self.tokens(direction)] += part
 
 
-def _with_ones(v: Tensor) -> Tensor:
-    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
+def _segments(directions: tuple[str, ...], q: Tensor, dtype: torch.dtype) -> list[_Segment]:
+    length = q.shape[1]
+    return [_Segment(start, min(start + SEGMENT, length), directions, q, dtype) for start in range(0, length, SEGMENT)]
+
+
+def _with_den(x: Tensor, den: Tensor | float) -> Tensor:
+    """``(..., D)`` with one more column for the denominator."""
+    return torch.cat([x, den], dim=-1) if isinstance(den, Tensor) else pad(x, (0, 1), value=den)
 
 
 class _Recurrent(torch.autograd.Function):
@@ -93,21 +113,21 @@ class _Recurrent(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, forward, backward)
         ctx.options = (weight, directions, with_den)
         batch, length, heads, width = q.shape
-        sides = _Sides(directions, batch, length, heads)
-        columns = v.shape[-1] + with_den
-        out = q.new_empty(batch, length, heads, columns)
-        diagonal = weight * (q * k).sum(-1, keepdim=True)
-        torch.mul(diagonal, v, out=out[..., : v.shape[-1]])
-        if with_den:
-            out[..., -1:] = diagonal
-        state = q.new_zeros(len(directions) * batch * heads, width, columns)
-        for start in range(0, length, SEGMENT):
-            stop = min(start + SEGMENT, length)
-            qs, ks, vs = (sides.gather(x, start, stop) for x in (q, k, v))
-            vs = _with_ones(vs) if with_den else vs
+        dtype = compute_dtype(q, k, v)
+        out = q.new_empty(batch, length, heads, v.shape[-1] + with_den, dtype=dtype)
+        segments = _segments(directions, q, dtype)
+        for segment in segments:
+            own = slice(segment.start, segment.stop)
+            diagonal = weight * (q[:, own].to(dtype) * k[:, own].to(dtype)).sum(-1, keepdim=True)
+            values = v[:, own].to(dtype)
+            out[:, own] = diagonal * (_with_den(values, 1.0) if with_den else values)
+        state = q.new_zeros(len(directions) * batch * heads, width, out.shape[-1], dtype=dtype)
+        for segment in segments:
+            qs, ks, vs = segment.gather(q), segment.gather(k), segment.gather(v)
+            vs = _with_den(vs, 1.0) if with_den else vs
             reads = torch.empty_like(vs)
-            advance(state, sides.decays([forward, backward], start, stop, q.dtype), ks, vs, qs, reads)
-            sides.add(out, reads, start, stop)
+            advance(state, segment.shrinks([forward, backward]), ks, vs, qs, reads)
+            segment.add(out, reads)
         return (out[..., :-1], out[..., -1]) if with_den else (out, None)
 
     @staticmethod
@@ -116,80 +136,62 @@ class _Recurrent(torch.autograd.Function):
         q, k, v, forward, backward = ctx.saved_tensors
         weight, directions, with_den = ctx.options
         steps = [forward, backward]
-        gates = any(ctx.needs_input_grad[3:5])
-        batch, length, heads, width = q.shape
-        sides = _Sides(directions, batch, length, heads)
+        needed = zip(steps, ctx.needs_input_grad[3:5], strict=True)
+        dsteps = [empty_gradient(x, q.shape[1]) if need else None for x, need in needed]
+        gates = any(x is not None for x in dsteps)
+        vector = is_vector(*steps)
+        dtype = compute_dtype(q, k, v)
+        dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+        segments = _segments(directions, q, dtype)
 
-        def gather_values(start, stop):
-            vs, grads = sides.gather(v, start, stop), sides.gather(grad_num, start, stop)
-            if not with_den:
-                return vs, grads
-            return _with_ones(vs), torch.cat([grads, sides.gather(grad_den[..., None], start, stop)], dim=-1)
+        def values(segment):
+            vs, grads = segment.gather(v), segment.gather(grad_num)
+            return (_with_den(vs, 1.0), _with_den(grads, segment.gather(grad_den[..., None]))) if with_den else (vs, grads)
 
-        # the diagonal
-        grad_diagonal = weight * (grad_num * v).sum(-1, keepdim=True)
-        if with_den:
-            grad_diagonal = grad_diagonal + weight * grad_den[..., None]
-        dq, dk = grad_diagonal * k, grad_diagonal * q
-        dv = weight * (q * k).sum(-1, keepdim=True) * grad_num
-
-        vector = any(x is not None and x.shape[-1] > 1 for x in steps)
-
-        def per_channel(x):
+        def per_step(x):
             return x if vector else x.sum(-1, keepdim=True)
 
-        starts = list(range(0, length, SEGMENT))
-        borders, rows = [], []
-        state = q.new_zeros(len(directions) * batch * heads, width, v.shape[-1] + with_den)
-        transposed = state.mT
-        for start in starts:
-            stop = min(start + SEGMENT, length)
-            if gates:
-                borders.append(state.clone())
-            qs, ks = (sides.gather(x, start, stop) for x in (q, k))
-            vs, grads = gather_values(start, stop)
+        for segment in segments:
+            own = slice(segment.start, segment.stop)
+            q_own, k_own, v_own, grad_own = (x[:, own].to(dtype) for x in (q, k, v, grad_num))
+            change = (grad_own * v_own).sum(-1, keepdim=True)
+            change = weight * (change + grad_den[:, own, :, None] if with_den else change)
+            dq[:, own], dk[:, own] = change * k_own, change * q_own
+            dv[:, own] = weight * (q_own * k_own).sum(-1, keepdim=True) * grad_own
+
+        state = dq.new_zeros(len(directions) * q.shape[0] * q.shape[2], q.shape[3], v.shape[3] + with_den)
+        borders, gains = [], []
+        for segment in segments:
+            qs, ks, (vs, grads) = segment.gather(q), segment.gather(k), values(segment)
+            borders.append(state.clone() if gates else None)
+            shrink = segment.shrinks(steps)
             reads = torch.empty_like(qs)
-            # dq_t = S_t g_t: the same recurrence, read with the output's gradient
-            shrink = sides.decays(steps, start, stop, q.dtype)
-            shrink = None if shrink is None else shrink.mT
-            advance(transposed, shrink, vs, ks, grads, reads)
-            sides.add(dq, reads, start, stop)
-            if gates:
-                rows.append(per_channel(qs * reads))
-        wanted = zip(steps, ctx.needs_input_grad[3:5], strict=True)
-        dgates = [torch.zeros_like(x, dtype=torch.float64) if x is not None and need else None for x, need in wanted]
+            # dq_t = S_t grad_t: the same recurrence with k and v in each other's place
+            advance(state.mT, None if shrink is None else shrink.mT, vs, ks, grads, reads)
+            segment.add(dq, reads)
+            gains.append(per_step(qs * reads) if gates else None)
         state.zero_()
-        for start in reversed(starts):
-            stop = min(start + SEGMENT, length)
-            qs, ks = (sides.gather(x, start, stop) for x in (q, k))
-            vs, grads = gather_values(start, stop)
+        for segment in reversed(segments):
+            qs, ks, (vs, grads) = segment.gather(q), segment.gather(k), values(segment)
             dks, dvs = torch.empty_like(ks), torch.empty_like(vs)
-            retreat(state, sides.decays(steps, start, stop, q.dtype), ks, vs, qs, grads, dks, dvs)
-            sides.add(dk, dks, start, stop)
-            sides.add(dv, dvs[..., : v.shape[-1]], start, stop)
+            retreat(state, segment.shrinks(steps), ks, vs, qs, grads, dks, dvs)
+            segment.add(dk, dks)
+            segment.add(dv, dvs[..., : v.shape[-1]])
+            border, gain = borders.pop(), gains.pop()
             if gates:
-                # what crosses the segment's first step; every later step adds what starts there and loses what ends there
-                crossing = per_channel((state * borders.pop()).sum(-1)).double()
-                change = rows.pop().double() - per_channel(ks * dks)
-                crossing = crossing - torch.nn.functional.pad(change[:-1].cumsum(0), (0, 0, 0, 0, 1, 0))
-                _add_gates(sides, dgates, crossing, start, stop)
-        dgates = [None if x is None else x.to(y.dtype) for x, y in zip(dgates, steps, strict=True)]
-        return dq, dk, dv, *dgates, None, None, None
+                crossing = per_step((state * border).sum(-1)).double()
+                change = gain.double() - per_step(ks * dks)
+                crossing = crossing - pad(change[:-1].cumsum(0), (0, 0, 0, 0, 1, 0))
+                for direction, part in segment.scatter(crossing).items():
+                    _add(dsteps[direction == "backward"], part, segment.tokens(direction))
+        dsteps = [None if x is None else x.to(y.dtype) for x, y in zip(dsteps, steps, strict=True)]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *dsteps, None, None, None
 
 
-def _add_gates(sides: _Sides, dgates: list[Tensor | None], crossing: Tensor, start: int, stop: int) -> None:
-    """Add a segment's decay gradients ``(T, N, Dk)`` to each direction's, summed over the sizes it does not have."""
-    for (direction, part), (where, flipped) in zip(sides.split(crossing), sides._parts(start, stop), strict=True):
-        target = dgates[0] if direction == "forward" else dgates[1]
-        if target is None:
-            continue
-        part = part.flip(1) if flipped else part
-        if target.shape[-1] == 1:
-            part = part.sum(-1, keepdim=True)
-        if target.shape[1] > 1 or sides.length == 1:
-            target[:, where] += part.sum_to_size(target.shape[0], *part.shape[1:])
-        else:
-            target += part.sum_to_size(target.shape)
+def _add(target: Tensor | None, part: Tensor, tokens: slice) -> None:
+    if target is not None:
+        part = part.sum(-1, keepdim=True) if target.shape[-1] == 1 and part.shape[-1] > 1 else part
+        add_steps(target, part, tokens.start, tokens.stop)
 
 
 def recurrent(
@@ -206,6 +208,6 @@ def recurrent(
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)``, one token at a time; ``chunk_size`` has no meaning here.
 
-    O(L d) memory, also in training: at most one state per 256 tokens is kept. Arguments as in ``parallel``.
+    O(L d) memory, also in training: one state per 256 tokens is kept. Arguments as in ``parallel``.
     """
     return _Recurrent.apply(q, k, v, forward, backward, weight, directions, with_den)

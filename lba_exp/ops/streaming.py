@@ -1,0 +1,97 @@
+"""The recurrent form step by step: a sequence that comes in blocks of any length, in either direction, with one state in memory.
+
+    state = start_state(batch, heads, key_width, value_width)
+    for block in blocks:                          # backward: the last block first, each block in its natural order
+        num, den, state = stream(state, q, k, v, log_decay, direction="forward")
+
+The sum of both directions' ``num`` and ``den`` is what ``bidirectional_linear_attention_parts`` gives for the whole sequence.
+"""
+
+import torch
+from torch import Tensor
+
+from lba_exp.ops import checks
+from lba_exp.ops.decays import compute_dtype, to_steps
+from lba_exp.ops.recurrent import advance, shrinkage
+
+
+def start_state(
+    batch: int,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The empty state of one direction: zeros ``(B, H, Dk, Dv + 1)``, S beside z (its last column); float64 for float64 inputs.
+
+    A plain tensor: save it, move it, count its bytes. Raises ValueError for a size below 1 or another dtype.
+    """
+    for name, value in (("batch", batch), ("heads", heads), ("key_width", key_width), ("value_width", value_width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    return torch.zeros(batch, heads, key_width, value_width + 1, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def stream(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    direction: str,
+    diagonal_weight: float = 0.5,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take in the next ``n >= 1`` tokens of one direction (arXiv 2502.16249, the recurrences of S and z): (num, den, next state).
+
+    state: what ``start_state`` or the last call gave; not changed.
+    q, k, v: ``(B, n, H, Dk)``, ``(B, n, H, Dk)``, ``(B, n, H, Dv)`` in their natural order; direction "backward" reads them from the last.
+    log_decay: this direction's decay, as in ``bidirectional_linear_attention``, of these tokens: ``None``, ``(H,)``, ``(H, Dk)``,
+        ``(B, n, H)`` or ``(B, n, H, Dk)``. The one at the cut (forward: the block's first, backward: its last) enters: it decays the
+        state. ``step_log_decays(..., before=, after=)`` makes it.
+    direction: "forward" or "backward".
+    diagonal_weight: this direction's share of the token itself; 0.5 in each direction makes 1. For one direction alone give 1.
+    padding_mask: bool ``(B, n)``, True = real token.
+
+    Returns num ``(B, n, H, Dv)``, den ``(B, n, H)`` and the next state, in the state's dtype. For inference: no gradients; raises
+    ValueError where an input asks for one, and for shapes, dtypes and names that do not fit.
+    """
+    checks.check_tensors(q, k, v)
+    checks.choice("direction", direction, ("forward", "backward"))
+    checks.number("diagonal_weight", diagonal_weight)
+    checks.check_padding(padding_mask, q)
+    dtype = compute_dtype(q, k, v)
+    checks.check_decay("log_decay", log_decay, q, double=dtype == torch.float64)
+    batch, _, heads, width = q.shape
+    expected = (batch, heads, width, v.shape[-1] + 1)
+    if not isinstance(state, Tensor) or tuple(state.shape) != expected or state.dtype != dtype or state.device != q.device:
+        got = f"{tuple(state.shape)} {state.dtype} on {state.device}" if isinstance(state, Tensor) else type(state).__name__
+        raise ValueError(f"state: expected a tensor {expected} {dtype} on {q.device}, got {got}")
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("state", state)):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name}: streaming gives no gradients, expected a tensor without requires_grad; use .detach()")
+    if padding_mask is not None:
+        q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))
+    v = torch.nn.functional.pad(v.to(dtype), (0, 1), value=1.0)
+    q, k = q.to(dtype), k.to(dtype)
+    own = diagonal_weight * (q * k).sum(-1, keepdim=True) * v
+
+    def flat(x):  # (B, n, H, D) to (n, B H, D), in reading order
+        x = x.flip(1) if direction == "backward" else x
+        return x.transpose(0, 1).flatten(1, 2)
+
+    shrink = None
+    if log_decay is not None:
+        steps = shrinkage(to_steps(log_decay))
+        shrink = flat(steps.expand(batch, q.shape[1], heads, -1))[..., None]
+    following = state.clone()
+    reads = torch.empty_like(flat(v))
+    advance(following.view(batch * heads, width, -1), shrink, flat(k), flat(v), flat(q), reads)
+    reads = reads.unflatten(1, (batch, heads)).transpose(0, 1)
+    out = own + (reads.flip(1) if direction == "backward" else reads)
+    return out[..., :-1], out[..., -1], following
