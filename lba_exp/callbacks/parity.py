@@ -175,6 +175,8 @@ class Parity(pl.Callback):
             return
         model = _model(pl_module)
         entry = {"split": split, "step": trainer.global_step, "epoch": trainer.current_epoch}
+        if split == "test":  # on weights that may come from any checkpoint
+            entry |= {"step": None, "epoch": None}
         if reason := _not_applicable(model):
             entry |= {"applicable": False, "reason": reason, "forms": {}, "verdict": NOT_COMPARED, "sentence": None}
         elif split in self._batch:
