@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -189,8 +190,12 @@ class ResumableLoader:
                 generator=torch.Generator(),
             )
         self._plan[:] = plan
-        self._iterator = iter(self._torch_loader)
-        return self._iterator
+        iterator = iter(self._torch_loader)  # the same one every epoch
+        if self._iterator is None:
+            self._iterator = iterator
+            # Kept whole beyond this loader's end: collected in a cycle, torch's iterator loses its queues first and waits 5 s a worker.
+            weakref.finalize(self, iterator._shutdown_workers)
+        return iterator
 
 
 class _Fetch:

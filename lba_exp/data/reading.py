@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,22 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
             return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return datasets.load_dataset(str(path))
     except Exception as error:  # whatever `datasets` trips over in a stranger's folder
+        if empty := _empty_split(path, error):
+            raise DataError(f"the {empty} split of {path.name} is empty: every split needs samples.") from error
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise DataError(
             f"the data folder {path} cannot be read (it holds {holds}): expected train.parquet and test.parquet, "
             f"a folder written by save_to_disk, or images as train/CLASS/*.png; {first_line(error)}."
         ) from error
+
+
+def _empty_split(path: Path, error: Exception) -> str | None:
+    """The split without samples that `datasets` stumbled over, if it was one: it says so for parquet, not for its own format."""
+    said = re.search(r'"(\w+)" corresponds to no data', str(error))
+    if said:
+        return said[1]
+    saved = ((state.parent.name, json.loads(state.read_text())) for state in sorted(path.glob("*/state.json")))
+    return next((split for split, state in saved if not state.get("_data_files")), None)
 
 
 def _read_hub(source: Source) -> Mapping[str, Any]:

@@ -1,5 +1,7 @@
 """The loader by itself: order, shards, position, workers."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,18 @@ def test_no_worker_starts_before_the_first_batch():
     assert lazy._iterator is None
     next(batches)
     assert len(lazy._iterator._workers) == 2
+
+
+def test_workers_end_by_themselves_when_the_loader_is_collected_in_a_cycle():
+    forgotten = loader(workers=2)
+    batches = iter(forgotten)
+    next(batches)
+    workers = list(forgotten._iterator._workers)
+    cycle = [forgotten, batches]
+    cycle.append(cycle)
+    del forgotten, batches, cycle
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # not -15, terminated after a wait
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lba_exp.data.loader import ResumableLoader
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{text}") for text in ("The dirpath has changed", "callbacks used to create", "You defined a .validation_step.")]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("The dirpath has changed", "callbacks used to create", "You defined a .validation_step.")
+]
 
 SAMPLES, BATCH, EPOCHS = 23, 4, 3  # 6 batches an epoch, the last one short
 
@@ -96,7 +99,7 @@ CASES = {
     "validation end, inside the epoch": {"at": "validation end", "validate": True, "val_check_interval": 2},
     "validation end, a number of steps": {"at": "validation end", "validate": True, "max_steps": 14},
     "epoch end": {"at": "epoch end", "validate": True},
-    "2 workers, every step, no validation": {"workers": 2},
+    "2 workers, every second step, no validation": {"workers": 2, "every": 2},
     "2 workers, every third step, validation inside the epoch": {"workers": 2, "every": 3, "validate": True, "val_check_interval": 2},
     "2 workers, validation end": {"workers": 2, "at": "validation end", "validate": True},
     "2 workers, epochs cut short": {"workers": 2, "every": 2, "limit_train_batches": 4},
