@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import uuid
 import warnings
@@ -120,6 +121,7 @@ def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Train
     callbacks = parts.callbacks() + ([RichProgressBar(leave=False)] if bar else [])
     if settings.get("enable_checkpointing", True) and not settings.get("fast_dev_run"):
         callbacks += checkpoint_callbacks(folder, cfg.checkpoint)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it remarks while it is built, the record says
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*GPU available but not used.*")

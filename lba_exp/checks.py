@@ -45,7 +45,8 @@ def check(cfg: DictConfig) -> None:
     if model.width % model.heads:
         near = [h for h in range(1, model.width + 1) if model.width % h == 0]
         raise ConfigError(
-            f"model.heads={model.heads} does not divide model.width={model.width}: choose one of {', '.join(map(str, near))} heads, or another width."
+            f"model.heads={model.heads} does not divide model.width={model.width}: "
+            f"choose one of {', '.join(map(str, near))} heads, or another width."
         )
     if mixer.options and mixer.kind in ("linear", "softmax"):
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -113,6 +114,10 @@ def compose_raw(overrides: Sequence[str]) -> DictConfig:
         return _hydra_compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+        raise ConfigError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or error}.") from None
 
 
 def compose(overrides: Sequence[str] = (), *, in_sweep: bool = False) -> DictConfig:

@@ -92,12 +92,8 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
     if form is not None and form not in model.forms:
-        valid = model.forms or "none (softmax attention has one form)"
-        raise ConfigError(
-            f"form={form}: {messages.unknown(form, model.forms, 'a form of this model')}"
-            if model.forms
-            else f"form={form}: valid are {valid}."
-        )
+        only = "" if model.forms else " Softmax attention is one form: leave form= out."
+        raise ConfigError(f"form={form}: {messages.unknown(form, model.forms, 'a form of this model')}{only}")
     batches = data.split_loader(split)
     if model.forms:
         figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)

@@ -143,6 +143,8 @@ def from_hydra(error: Exception, schema: Any, global_groups: Iterable[str]) -> s
         return f"{key}{where} is not a key of Hydra's own configuration: `lba-train --cfg hydra` lists them."
     if key:
         node, prefix, bad = _walk(key, schema)
+        if not is_dataclass(node) and "not in" in text:
+            return f"{key}{where} is a new key of {prefix[:-1]}: write +{key}=VALUE."
         if bad is not None or any(isinstance(c, ConfigKeyError | ConfigAttributeError) and "not in" in str(c) for c in causes):
             return unknown_key(key, node, prefix, schema, where=where)
         value = re.search(r"Value '(.*?)' of type|Cannot convert '(.*?)' to|Invalid value assigned: (\S+)", text)

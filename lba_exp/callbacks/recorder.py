@@ -15,8 +15,8 @@ from lba_exp.results.metrics_log import MetricsLog
 class Recorder(pl.Callback):
     """Logs training numbers every ``trainer.log_every_n_steps`` steps, and validation, parity and cost after each validation.
 
-    The step of a row is the number of optimizer steps done. Rows reach the disk before the checkpoint of the same step does (checkpoints are
-    the last callbacks), so that a resumed run has every row once.
+    The step of a row is the number of optimizer steps done. Rows reach the disk before the checkpoint of the same step does (checkpoint
+    callbacks come last), so that a resumed run has every row once.
 
     Args:
         sources: callbacks with a ``metrics() -> dict[str, float]`` that is read after each validation (parity, efficiency).
@@ -78,8 +78,8 @@ class Recorder(pl.Callback):
 class Efficiency(pl.Callback):
     """Measures what training costs: tokens per second, time per optimizer step, peak memory, seconds.
 
-    The clock runs from one training batch to the next, data loading included, validation and its parity checks excluded. Sums are kept in the
-    checkpoint, so that an interrupted run reports the cost of all its parts.
+    The clock runs from one training batch to the next, data loading included, validation and its parity checks excluded. Sums are kept in
+    the checkpoint, so that an interrupted run reports the cost of all its parts.
     """
 
     def __init__(self) -> None:

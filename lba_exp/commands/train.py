@@ -86,7 +86,7 @@ def _hydra(arguments: list[str]) -> None:
 def job(raw: DictConfig) -> dict | None:
     """One run under Hydra; never raises for a failed run, so that the other runs of a sweep go on."""
     context = HydraConfig.get()
-    overrides = [o for o in context.overrides.task]
+    overrides = list(context.overrides.task)
     choices = dict(context.runtime.choices)
     in_sweep = context.mode is not None and context.mode.name == "MULTIRUN"
     try:

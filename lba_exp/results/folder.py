@@ -71,8 +71,8 @@ def read_config(folder: Path) -> DictConfig:
 class Claim:
     """Holds a run folder for this process.
 
-    The lock is a POSIX record lock: the kernel drops it when the process dies, however it dies, and children do not inherit it, so that data
-    workers which outlive a killed run hold nothing.
+    The lock is a POSIX record lock: the kernel drops it when the process dies, however it dies, and children do not inherit it, so that
+    data workers which outlive a killed run hold nothing.
     """
 
     def __init__(self, folder: Path):

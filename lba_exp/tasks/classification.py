@@ -24,11 +24,25 @@ def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction:
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def total_steps(trainer: pl.Trainer) -> int:
+    """Optimizer steps of a whole run.
+
+    Trainer.estimated_stepping_batches would set the training loader up before the checkpoint is read, and its place in the data would then
+    not be restored (seen in Lightning 2.6).
+    """
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+    if trainer.max_epochs in (None, -1):
+        return trainer.max_steps
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
 class Classification(pl.LightningModule):
     """Trains ``model(inputs, padding_mask) -> (B, classes)`` on batches {"inputs", "labels", optional "padding_mask"}.
 
-    Metrics of a split are means over its samples, each counted once. Those of the training split are means since the last validation; they are
-    part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
+    Metrics of a split are means over its samples, each counted once. Those of the training split are means since the last validation; they
+    are part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
 
     Args:
         model: the classifier.
@@ -99,7 +113,7 @@ class Classification(pl.LightningModule):
         o = self.optim
         groups = weight_decay_groups(self.model, o["weight_decay"])
         optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"])
-        total = int(self.trainer.estimated_stepping_batches)
+        total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
         )

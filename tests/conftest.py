@@ -1,0 +1,33 @@
+"""Shared settings of the tests: no network, no colour, few threads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["WANDB_SILENT"] = "true"
+os.environ["NO_COLOR"] = "1"
+
+import pytest
+
+SMALL = [
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=2",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "data.batch_size=256",
+    "logger=csv",
+    "threads=1",
+]
+
+
+@pytest.fixture
+def small() -> list[str]:
+    """Overrides of a run that takes about a second."""
+    return list(SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, so that nothing it writes stays."""
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,50 @@
+"""Imports point one way: ops <- nn <- models <- tasks <- build <- commands."""
+
+import ast
+from pathlib import Path
+
+import lba_exp
+
+ROOT = Path(lba_exp.__file__).parent
+BASE = {"errors", "registry"}
+MAY_IMPORT = {
+    "ops": BASE,
+    "nn": BASE | {"ops"},
+    "models": BASE | {"ops", "nn"},
+    "data": BASE,
+    "results": BASE | {"ops", "nn", "models"},
+    "tasks": BASE | {"ops", "nn", "models"},
+    "callbacks": BASE | {"ops", "nn", "models", "results", "config"},
+    "errors": set(),
+    "registry": {"errors"},
+    "config": BASE,
+    "messages": BASE,
+    "checks": BASE | {"config", "messages", "data"},
+    "composing": BASE | {"config", "messages", "checks"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of lba_exp that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the full name of an import"
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "lba_exp" else {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("lba_exp.")}
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in MAY_IMPORT:
+            wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in imports(path) - MAY_IMPORT[room] - {room}]
+    assert wrong == []
+
+
+def test_files_stay_small():
+    long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 330}
+    assert long == {}

@@ -1,0 +1,251 @@
+"""One run: its record, its folder, its logs, and what happens when it fails."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import lba_exp
+from lba_exp import ops, running
+from lba_exp.commands import evaluate as eval_command
+from lba_exp.commands import train as command
+from lba_exp.errors import DataError, ParityError
+from lba_exp.results.metrics_log import read_rows
+
+
+def contents(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of LION-S and its record."""
+    from tests.conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    record = lba_exp.train(lba_exp.compose([*SMALL, f"folder={folder}"]), quiet=True)
+    return folder, record
+
+
+def test_the_record_is_complete(finished):
+    folder, record = finished
+    stored = json.loads((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps(record))
+    assert stored["status"] == "finished" and stored["variant"] == "lion_s" and stored["seed"] == 0
+    for split in ("train", "validation", "test"):
+        assert 0 <= stored["metrics"][split]["accuracy"] <= 1 and math.isfinite(stored["metrics"][split]["loss"])
+    assert stored["best"]["step"] in (5, 10) and stored["parameters"] > 1000 and stored["state_size"] > 0
+    efficiency = stored["efficiency"]
+    for key in ("tokens_per_second", "step_ms", "peak_memory_bytes", "train_seconds", "wall_seconds"):
+        assert efficiency[key] > 0
+    forms = stored["parity"]["forms"]
+    assert set(forms) == set(ops.MODEL_FORMS)
+    for form in ("recurrent", "chunkwise"):
+        assert forms[form]["rel"] <= 1e-4 and forms[form]["operator_rel"] <= 2e-5 and forms[form]["agreement"] == 1
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "overrides.yaml", "metrics.csv", "run.png", "train.log", "checkpoints", "result.json"}
+    assert OmegaConf.load(folder / "config.yaml").model.width == 16
+
+
+def test_the_test_split_is_judged_on_the_best_validation_checkpoint(finished):
+    folder, record = finished
+    rows = read_rows(folder / "metrics.csv")
+    best = max((r for r in rows if "val/accuracy" in r), key=lambda r: r["val/accuracy"])
+    assert record["best"]["step"] == best["step"] and record["metrics"]["validation"]["accuracy"] == best["val/accuracy"]
+    evaluated = lba_exp.evaluate(folder, quiet=True)["forms"]["parallel"]
+    assert evaluated["accuracy"] == pytest.approx(record["metrics"]["test"]["accuracy"], abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(small, finished):
+    again = lba_exp.train(lba_exp.compose(small), quiet=True)
+    other = lba_exp.train(lba_exp.compose([*small, "seed=1"]), quiet=True)
+    assert again["metrics"] == finished[1]["metrics"] != other["metrics"]
+    assert again["folder"] != other["folder"] and Path(again["folder"]).parent == Path(other["folder"]).parent
+
+
+@pytest.mark.parametrize("model", ["lion_lit", "lion_d", "softmax"])
+def test_every_preset_trains(small, model):
+    record = lba_exp.train(lba_exp.compose([*small, f"model={model}", "trainer.max_epochs=1"]), quiet=True)
+    assert record["status"] == "finished" and record["variant"] == model
+    assert (record["state_size"] is None) == (model == "softmax")
+
+
+@pytest.mark.parametrize("debug", ["fast_dev_run", "overfit", "limit"])
+def test_debug_presets_run(small, debug):
+    epochs = ["trainer.max_epochs=20"] if debug == "overfit" else []
+    overrides = [o for o in small if "max_epochs" not in o]
+    assert lba_exp.train(lba_exp.compose([*overrides, f"debug={debug}", *epochs]), quiet=True)["status"] == "finished"
+
+
+def wrong_convention(**operands):
+    """The recurrent form with each gate applied one token late."""
+    for name in ("forward_log_decay", "backward_log_decay"):
+        if operands.get(name) is not None and operands[name].dim() > 1:
+            operands[name] = torch.roll(operands[name], 1, dims=1)
+    return operands
+
+
+def diagonal_twice(**operands):
+    return operands | {"diagonal_weight": 2.0}
+
+
+@pytest.fixture(params=[wrong_convention, diagonal_twice])
+def planted(request, monkeypatch):
+    true = ops.bidirectional_linear_attention
+
+    def operator(q, k, v, forward_log_decay=None, backward_log_decay=None, **options):
+        operands = {"forward_log_decay": forward_log_decay, "backward_log_decay": backward_log_decay, **options}
+        if options.get("form") == "recurrent":
+            operands = request.param(**operands)
+        return true(q, k, v, **operands)
+
+    monkeypatch.setattr(ops, "bidirectional_linear_attention", operator)
+
+
+def test_strict_parity_ends_a_run_with_a_planted_bug(small, planted, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main([*small, "parity=strict", "folder=run"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1
+    assert "recurrent" in said
+    stored = json.loads(Path("run/result.json").read_text())
+    assert stored["status"] == "failed" and "recurrent" in stored["error"]
+    with pytest.raises(ParityError):
+        lba_exp.train(lba_exp.compose([*small, "parity=strict"]), quiet=True)
+
+
+def test_checked_parity_records_a_planted_bug_and_goes_on(small, planted):
+    with pytest.warns(UserWarning, match="recurrent"):
+        record = lba_exp.train(lba_exp.compose(small), quiet=True)
+    assert record["status"] == "finished"
+    assert record["parity"]["verdict"] == "fail" and record["parity"]["forms"]["recurrent"]["rel"] > 1e-4
+
+
+def test_parity_off_measures_nothing(small):
+    record = lba_exp.train(lba_exp.compose([*small, "parity=off"]), quiet=True)
+    assert record["parity"] is None
+    assert not [k for row in read_rows(Path(record["folder"]) / "metrics.csv") for k in row if k.startswith("parity/")]
+
+
+def test_a_data_error_leaves_no_folder(small, tmp_path, capsys):
+    import datasets
+
+    images = datasets.Dataset.from_dict({"picture": [0, 1], "label": [0, 1]})
+    (tmp_path / "data").mkdir()
+    images.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        command.main([*small, "data=images", f"data.source={tmp_path / 'data'}"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "picture" in said and "image" in said
+    assert set(tmp_path.iterdir()) == before
+    with pytest.raises(DataError):
+        lba_exp.train(lba_exp.compose([*small, f"data.source={tmp_path / 'data'}"]), quiet=True)
+
+
+def test_an_unexpected_error_is_recorded_and_the_next_run_starts_clean(small, monkeypatch):
+    cfg = lba_exp.compose([*small, "logger=wandb_offline", "folder=run"])
+    monkeypatch.setattr(running, "_metrics", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lba_exp.train(cfg, quiet=True)
+    import wandb
+
+    assert wandb.run is None
+    stored = json.loads(Path("run/result.json").read_text())
+    assert stored["status"] == "failed" and "ZeroDivisionError" in stored["error"]
+    assert "ZeroDivisionError" in Path("run/train.log").read_text()
+    monkeypatch.undo()
+    assert lba_exp.train(cfg, quiet=True)["status"] == "finished"
+
+
+def wandb_history(folder: Path) -> tuple[dict, list[dict], int]:
+    """Config, history rows and exit code of the offline W&B run in a folder, read back from its file."""
+    from wandb.proto import wandb_internal_pb2 as pb
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(next(folder.glob("wandb/offline-run-*/*.wandb"))))
+    config, history, code = {}, [], -1
+    while (data := store.scan_data()) is not None:
+        record = pb.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            config |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+            config["group"], config["display_name"], config["tags"] = record.run.run_group, record.run.display_name, list(record.run.tags)
+        elif kind == "history":
+            history.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item})
+        elif kind == "exit":
+            code = record.exit.exit_code
+    return config, history, code
+
+
+def test_the_offline_wandb_run_reads_back(small):
+    overrides = [o for o in small if not o.startswith("logger")]
+    record = lba_exp.train(lba_exp.compose([*overrides, "logger.tags=[mine]"]), quiet=True)
+    config, history, code = wandb_history(Path(record["folder"]))
+    assert code == 0 and config["group"] == "digits" and config["display_name"].startswith("lion_s") and config["display_name"].endswith("seed0")
+    assert {"lion_s", "digits", "mine"} <= set(config["tags"])
+    assert config["model"]["mixer"]["gate"] == "selective" and config["optim"]["lr"] == 0.002
+    logged = {k for row in history for k in row}
+    assert {"train/loss", "val/accuracy", "parity/recurrent/rel", "efficiency/tokens_per_second"} <= logged
+    accuracies = [row["val/accuracy"] for row in history if "val/accuracy" in row]
+    assert accuracies == [r["val/accuracy"] for r in read_rows(Path(record["folder"]) / "metrics.csv") if "val/accuracy" in r]
+
+
+def test_a_basic_multirun_runs_every_job_and_reports_a_failed_one(small, capsys, monkeypatch):
+    arguments = ["-m", *small, "trainer.max_epochs=1", "model=lion_s,softmax", "seed=0,1", "root=out"]
+    true = running._fit_and_test
+
+    def fails_once(cfg, *rest):
+        if cfg.model.name == "softmax" and cfg.seed == 0:
+            raise RuntimeError("planted")
+        return true(cfg, *rest)
+
+    monkeypatch.setattr(running, "_fit_and_test", fails_once)
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "4 runs: 3 done, 0 skipped, 1 failed" in said.out and "planted" in said.err
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 0
+    assert "4 runs: 1 done, 3 skipped, 0 failed" in capsys.readouterr().out
+    assert len(list(Path("out/digits").glob("*/seed*/result.json"))) == 4
+
+
+def test_weights_can_start_another_run(small, finished):
+    best = finished[0] / "checkpoints" / "best.ckpt"
+    record = lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "optim.lr=1e-9", "trainer.max_epochs=1"]), quiet=True)
+    assert record["metrics"]["test"]["accuracy"] == pytest.approx(finished[1]["metrics"]["test"]["accuracy"], abs=0.01)
+    with pytest.raises(lba_exp.errors.ConfigError, match="another model"):
+        lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "model.width=32"]), quiet=True)
+
+
+def test_eval_reads_a_run_in_any_form_and_split_and_leaves_it_alone(finished, capsys):
+    folder, _ = finished
+    before = contents(folder)
+    eval_command.main([str(folder), "form=recurrent", "split=validation", "--output", "figures.json"])
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["forms"]["recurrent"]["different"] == 0 and figures["forms"]["recurrent"]["count"] == 180
+    assert contents(folder) == before
+    for arguments in (["form=fast"], ["split=tset"], ["model.width=3"], ["modle=3"], ["--output", "figures.json"]):
+        with pytest.raises(SystemExit) as stop:
+            eval_command.main([str(folder), *arguments])
+        said = capsys.readouterr().err
+        assert stop.value.code == 1 and said.count("\n") == 1, said
+    with pytest.raises(SystemExit):
+        eval_command.main(["nowhere"])
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_accumulation_and_precision_come_from_the_trainer(small):
+    overrides = ["trainer=bf16", *small, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1"]
+    record = lba_exp.train(lba_exp.compose(overrides), quiet=True)
+    assert record["environment"]["precision"] == "bf16-mixed"
+    assert record["best"]["step"] == 3  # 5 batches in steps of 2
+    assert record["parity"]["forms"]["recurrent"]["rel"] <= 1e-4
