@@ -184,7 +184,7 @@ def timed_form(
     context: Callable[[], AbstractContextManager],
     *,
     repeats: int = 4,
-    seconds: float = 0.5,
+    seconds: float = 0.3,
 ) -> tuple[Tensor, float]:
     """Logits in one form, and the median milliseconds of a forward pass; the first pass warms up and counts only if it is the only one.
 
