@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lba_exp.nn.blocks import MixerStack, PreNormBlock
 from lba_exp.nn.checks import check_padding_mask, check_positive
-from lba_exp.nn.embeddings import ClassToken, PositionalEmbedding
+from lba_exp.nn.embeddings import ClassToken, PositionalEmbedding, channel_embedding, symbol_embedding
 from lba_exp.ops.checks import choice
 
 POOLINGS = ("mean", "class_token")
@@ -61,13 +61,7 @@ class SequenceClassifier(MixerStack):
             raise ValueError(f"channels, vocabulary: expected exactly one of them, got channels={channels} and vocabulary={vocabulary}")
         if positional_embedding and length is None:
             raise ValueError("length: expected the number of positions, which a positional embedding needs, got None")
-        if channels is not None:
-            check_positive(channels=channels)
-            self.embedding = nn.Linear(channels, width)
-        else:
-            check_positive(vocabulary=vocabulary)
-            self.embedding = nn.Embedding(vocabulary, width)
-            nn.init.trunc_normal_(self.embedding.weight, std=0.02, a=-0.04, b=0.04)
+        self.embedding = symbol_embedding(vocabulary, width) if channels is None else channel_embedding(channels, width)
         self.channels = channels
         self.positions = PositionalEmbedding(length, width) if positional_embedding else None
         self.class_token = ClassToken(width) if pooling == "class_token" else None

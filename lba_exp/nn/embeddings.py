@@ -1,6 +1,12 @@
-"""What is added to, or put before, the tokens: learned positions and a class token."""
+"""How inputs become tokens, and what is added to, or put before, them: learned positions and a class token.
+
+All start on one scale, a deviation of 0.02: a token's value and its position then count alike in the first norm. (With the default of
+``nn.Linear`` the embedding of a number, its bias above all, is some 30 times as large as that of its position.)
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +14,37 @@ from torch import Tensor, nn
 from lba_exp.nn.checks import check_positive
 
 
-class PositionalEmbedding(nn.Module):
-    """Adds a learned vector to each position: (B, L, width) -> (B, L, width); ValueError for L above ``length``.
+def small_(weight: Tensor, deviation: float = 0.02) -> Tensor:
+    """Fills ``weight`` from a normal distribution of that deviation, cut at two deviations."""
+    return nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
-    Initialised from a normal distribution of deviation 0.02, cut at two deviations.
-    """
+
+def symbol_embedding(vocabulary: int, width: int) -> nn.Embedding:
+    """(B, L) of int64 below ``vocabulary`` -> (B, L, width)."""
+    check_positive(vocabulary=vocabulary, width=width)
+    embedding = nn.Embedding(vocabulary, width)
+    small_(embedding.weight)
+    return embedding
+
+
+def channel_embedding(channels: int, width: int) -> nn.Linear:
+    """(B, L, channels) of real numbers -> (B, L, width). Its bias starts at 0; inputs are taken to be of the order of 1."""
+    check_positive(channels=channels, width=width)
+    embedding = nn.Linear(channels, width)
+    small_(embedding.weight, 0.02 / math.sqrt(channels))
+    nn.init.zeros_(embedding.bias)
+    return embedding
+
+
+class PositionalEmbedding(nn.Module):
+    """Adds a learned vector to each position: (B, L, width) -> (B, L, width); ValueError for L above ``length``."""
 
     weight_decay_exempt = True
 
     def __init__(self, length: int, width: int):
         super().__init__()
         check_positive(length=length, width=width)
-        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(length, width), std=0.02, a=-0.04, b=0.04))
+        self.weight = nn.Parameter(small_(torch.empty(length, width)))
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
@@ -36,7 +61,7 @@ class ClassToken(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         check_positive(width=width)
-        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02, a=-0.04, b=0.04))
+        self.weight = nn.Parameter(small_(torch.empty(width)))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         token = self.weight.to(x.dtype).expand(len(x), 1, -1)
