@@ -115,7 +115,8 @@ def _loss(axes: Axes, columns: Mapping[str, Points]) -> None:
         _line(axes, columns["train/loss"], "train", color=TRAIN)
     if "val/loss" in columns:
         _line(axes, columns["val/loss"], "validation", color=VALIDATION)
-    axes.set_ylim(bottom=0)
+    highest = max((value for points in columns.values() for _, value in points if math.isfinite(value)), default=1.0)
+    axes.set_ylim(0, 1.06 * highest if highest > 0 else 1)
     _legend(axes)
 
 
