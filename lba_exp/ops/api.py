@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lba_exp.ops import checks
 from lba_exp.ops.blockwise import blockwise
@@ -23,6 +24,30 @@ PARALLEL_UP_TO = 256  # tokens; measured, see choose_form
 def choose_form(length: int) -> str:
     """The form that ``form="auto"`` stands for: ``parallel`` up to 256 tokens, ``chunkwise`` above."""
     return "parallel" if length <= PARALLEL_UP_TO else "chunkwise"
+
+
+class Divide(torch.autograd.Function):
+    """num / (den + eps), which keeps the quotient for its backward pass instead of the numerator."""
+
+    @staticmethod
+    def forward(ctx, num, den, eps):
+        y = num / (den + eps)[..., None]
+        ctx.save_for_backward(y, den)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, den = ctx.saved_tensors
+        grad_num = grad / (den + ctx.eps)[..., None]
+        return grad_num, -torch.linalg.vecdot(grad_num, y), None
+
+
+def hide_padding(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with zeros at padded tokens: they add nothing, read nothing and get no gradient."""
+    padded = ~padding_mask[:, :, None, None]
+    return q.masked_fill(padded, 0), k.masked_fill(padded, 0), v.masked_fill(padded, 0)
 
 
 def run_form(
@@ -56,8 +81,7 @@ def run_form(
         raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
     with torch.autocast(device_type=q.device.type, enabled=False):
         if padding_mask is not None:
-            padded = ~padding_mask[:, :, None, None]
-            q, k, v = (x.masked_fill(padded, 0) for x in (q, k, v))
+            q, k, v = hide_padding(q, k, v, padding_mask)
         return _IMPLEMENTATIONS[form](
             q,
             k,
@@ -131,7 +155,7 @@ def bidirectional_linear_attention(
         return num.to(v.dtype)
     if padding_mask is not None:
         den = den.masked_fill(~padding_mask[:, :, None], 1.0)  # 0 / 0 when eps is 0
-    return (num / (den + eps)[..., None]).to(v.dtype)
+    return Divide.apply(num, den, float(eps)).to(v.dtype)
 
 
 def bidirectional_linear_attention_parts(

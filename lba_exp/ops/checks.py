@@ -19,7 +19,9 @@ def choice(name: str, value: object, valid: Sequence[str]) -> None:
 
 
 def number(name: str, value: object, *, least: float = -math.inf) -> None:
-    """Raise unless ``value`` is a finite Python number, at least ``least``."""
+    """Raise unless ``value`` is a finite Python number, at least ``least`` (eager mode only)."""
+    if torch.compiler.is_compiling():
+        return  # a number may be symbolic there
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" >= {least:g}"
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}")

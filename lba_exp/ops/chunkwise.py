@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from lba_exp.ops.channels import decayed
 from lba_exp.ops.decays import LOWEST, add_steps, compute_dtype, empty_gradient, sums_inside
 from lba_exp.ops.inside import inside_gradients, inside_scores, is_vector
-from lba_exp.ops.scan import scan_states
+from lba_exp.ops.scan import rounded, scan_states
 
 SLICE_ELEMENTS = 2**18  # elements of the score matrices made at once in eager mode: what stays in a processor's cache
 
@@ -22,7 +22,7 @@ SLICE_ELEMENTS = 2**18  # elements of the score matrices made at once in eager m
 def split(x: Tensor, start: int, stop: int, chunk: int, dtype: torch.dtype) -> Tensor:
     """Tokens start..stop-1 of ``(B, L, H, D)`` as contiguous chunks ``(B, H, n, C, D)``, zeros after the end."""
     x = x[:, start:stop].to(dtype)
-    missing = -(stop - start) % chunk
+    missing = (stop - start + chunk - 1) // chunk * chunk - (stop - start)
     if missing:
         x = pad(x, (0, 0, 0, 0, 0, missing))
     return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
@@ -37,10 +37,9 @@ def split_steps(x: Tensor | None, start: int, stop: int, chunk: int, length: int
     """A step decay in chunks ``(B or 1, H, n or 1, C, X)``."""
     if x is None:
         return None
-    x = x.clamp_min(LOWEST)
     if x.shape[1] < length:  # the same in every step
-        return split(x.expand(-1, chunk, -1, -1), 0, chunk, chunk, dtype)
-    return split(x, start, stop, chunk, dtype)
+        x, start, stop = x.expand(-1, chunk, -1, -1), 0, chunk
+    return split(x[:, start:stop].clamp_min(LOWEST), 0, stop - start, chunk, dtype)
 
 
 class Chunks:
@@ -48,10 +47,10 @@ class Chunks:
 
     def __init__(self, q: Tensor, chunk: int, vector: bool):
         batch, self.length, heads, _ = q.shape
-        self.size = min(chunk, self.length)
+        self.size = chunk if chunk < self.length else self.length
         if vector:
             self.size = 2 ** (self.size - 1).bit_length()
-        self.count = -(-self.length // self.size)
+        self.count = (self.length + self.size - 1) // self.size
         step = self.count
         if not torch.compiler.is_compiling():
             step = max(1, SLICE_ELEMENTS // (batch * heads * self.size**2))
@@ -87,25 +86,33 @@ class _Slice:
 
 
 def _entering(chunks, directions, q, k, v, steps, with_den, grads=None):
-    """The states (or, given the output's gradients, their adjoints) that enter each chunk: ``(B, H, N, Dk, Dv)`` per direction."""
+    """What enters each chunk: states ``(B, H, N or more, Dk, Dv)`` per direction and, given the output's gradients, their adjoints."""
     if chunks.count == 1:
-        return {}
-    own, totals = {}, {direction: [] for direction in directions}
+        return {}, {}
+    states, adjoints, totals = {}, {}, {direction: [] for direction in directions}
     for first, last in chunks.slices:
         x = _Slice(chunks, first, last, q, k, v, steps, with_den, grads)
         for direction in directions:
             into, onto, total = x.sums(direction)
-            part = decayed(x.k, onto).mT @ x.v if grads is None else decayed(x.q, into).mT @ x.grad
-            if first == 0:
-                own[direction] = part.new_empty(*part.shape[:2], chunks.count, *part.shape[3:])
-            own[direction][:, :, first:last] = part
+            _put(states, direction, decayed(x.k, onto).mT @ x.v, first, last, chunks.count)
+            if grads is not None:
+                _put(adjoints, direction, decayed(x.q, into).mT @ x.grad, first, last, chunks.count)
             if total is not None and (first == 0 or steps[direction == "backward"].shape[1] == chunks.length):
                 totals[direction].append(total)
-    states = {}
     for direction in directions:
         total = torch.cat(totals[direction], dim=2) if totals[direction] else None
-        states[direction] = scan_states(own.pop(direction), total, reverse=(direction == "backward") != (grads is not None))
-    return states
+        reverse = direction == "backward"
+        scan_states(states[direction], total, reverse)
+        if grads is not None:
+            scan_states(adjoints[direction], total, not reverse)
+    return states, adjoints
+
+
+def _put(buffers: dict[str, Tensor], direction: str, part: Tensor, first: int, last: int, count: int) -> None:
+    if first == 0:
+        buffers[direction] = part.new_empty(*part.shape[:2], rounded(count), *part.shape[3:])
+        buffers[direction][:, :, count:] = 0.0
+    buffers[direction][:, :, first:last] = part
 
 
 class _Chunkwise(torch.autograd.Function):
@@ -115,7 +122,7 @@ class _Chunkwise(torch.autograd.Function):
         ctx.options = (weight, directions, with_den, chunk_size)
         steps = [forward, backward]
         chunks = Chunks(q, chunk_size, is_vector(*steps))
-        states = _entering(chunks, directions, q, k, v, steps, with_den)
+        states, _ = _entering(chunks, directions, q, k, v, steps, with_den)
         dtype = compute_dtype(q, k, v)
         num = torch.empty_like(v, dtype=dtype)
         den = v.new_empty(v.shape[:3], dtype=dtype) if with_den else None
@@ -137,8 +144,7 @@ class _Chunkwise(torch.autograd.Function):
         weight, directions, with_den, chunk_size = ctx.options
         steps, grads = [forward, backward], (grad_num, grad_den if with_den else None)
         chunks = Chunks(q, chunk_size, is_vector(*steps))
-        states = _entering(chunks, directions, q, k, v, steps, with_den)
-        adjoints = _entering(chunks, directions, q, k, v, steps, with_den, grads)
+        states, adjoints = _entering(chunks, directions, q, k, v, steps, with_den, grads)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         needed = zip(steps, ctx.needs_input_grad[3:5], strict=True)
         dsteps = [empty_gradient(x, chunks.length) if need else None for x, need in needed]

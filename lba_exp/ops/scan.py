@@ -7,45 +7,58 @@ from torch.nn.functional import pad
 from lba_exp.ops.decays import LOWEST, between
 
 GROUP = 32  # chunks joined by one matrix product
+SLICE_ELEMENTS = 2**20  # elements of the states that eager mode works on at once
+
+
+def rounded(count: int) -> int:
+    """The number of chunks that ``scan_states`` wants room for: whole groups, where there is more than one."""
+    return count if count <= GROUP else (count + GROUP - 1) // GROUP * GROUP
 
 
 def scan_states(own: Tensor, log_total: Tensor | None, reverse: bool) -> Tensor:
-    """The states that enter each chunk, ``(B, H, N, Dk, Dv)``, from what each adds, ``own (B, H, N, Dk, Dv)``.
+    """The states that enter each chunk, ``(B, H, N, Dk, Dv)``, from what each adds, ``own (B, H, N, Dk, Dv)``, which is overwritten.
 
-    log_total: ``(B or 1, H, N or 1, 1, X)``, the log decay over each whole chunk; None = no decay. ``reverse``: chunks are read from the
-    last to the first. Groups of chunks are joined by one product with their matrix of decays; the groups' own sums are then the same
-    recurrence, so the work is linear in N and the depth its logarithm.
+    log_total: ``(B or 1, H, n, 1, X)`` with n = N, fewer (the rest is padding, whose ``own`` is 0) or 1 (the same for all), the log decay
+    over each whole chunk; None = no decay. ``reverse``: chunks are read from the last to the first. Groups of chunks are joined by one
+    product with their matrix of decays; the groups' own sums are then the same recurrence, so the work is linear in N and the depth its
+    logarithm.
     """
-    batch, heads, count, width, columns = own.shape
+    count = own.shape[2]
     if log_total is None:
         log_total = own.new_zeros(1, 1, 1, 1, 1)
-    total = log_total[..., 0, :].transpose(-1, -2)  # (B, H, X, N)
-    channels = total.shape[2]
-    total = total.expand(-1, -1, -1, count)
+    total = log_total[..., 0, :].transpose(-1, -2)  # (B, H, X, n)
+    total = total.expand(-1, -1, -1, count) if total.shape[-1] == 1 else pad(total, (0, count - total.shape[-1]))
     # a decay per channel: channels become a dimension of the batch
-    x = own.view(batch, heads, 1, count, width * columns) if channels == 1 else own.transpose(2, 3)
-    x = _scan(x, total, reverse)
-    return x.view(batch, heads, count, width, columns) if channels == 1 else x.transpose(2, 3)
+    x = own.flatten(3)[:, :, None] if total.shape[2] == 1 else own.transpose(2, 3)
+    _scan(x, total, reverse)
+    return own
 
 
 def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
-    """own ``(B, H, X, N, E)``, total ``(B or 1, H or 1, X, N)``: what enters each of the N positions."""
+    """own ``(B, H, X, N, E)``, total ``(B or 1, H or 1, X, N)``: overwrites own with what enters each position, and returns it."""
     count = own.shape[3]
-    groups = -(-count // GROUP)
-    size = -(-count // groups)
+    size = GROUP if count > GROUP else count
+    groups = (count + size - 1) // size
     missing = groups * size - count
     if missing:
         own, total = pad(own, (0, 0, 0, missing)), pad(total, (0, missing))
-    own, total = own.unflatten(3, (groups, size)), total.unflatten(3, (groups, size))
+    grouped, total = own.unflatten(3, (groups, size)), total.unflatten(3, (groups, size))
     # decays to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
     borders = pad(total.flip(-1) if reverse else total, (1, 0))
     decays = between(borders, own.dtype).tril().exp().tril()
-    inner, carry = decays[..., 1:], decays[..., :size, 0]
+    inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
     if reverse:
-        inner, carry = torch.cat([inner[..., :-1, :].flip(-2, -1), inner[..., -1:, :].flip(-1)], dim=-2), carry.flip(-1)
-    if groups == 1:
-        return (inner[..., :size, :] @ own)[..., 0, :count, :]
-    sums = inner @ own
-    entering = _scan(sums[..., size, :], total.sum(-1).clamp_min(LOWEST), reverse)
-    result = torch.addcmul(sums[..., :size, :], carry[..., None], entering[..., None, :])
-    return result.flatten(3, 4)[..., :count, :]
+        inner, whole, carry = inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)
+    step = groups
+    if not torch.compiler.is_compiling():
+        step = max(1, SLICE_ELEMENTS * groups // own.numel())
+    sums = []
+    for first in range(0, groups, step):
+        part = grouped[:, :, :, first : first + step]
+        if groups > 1:
+            sums.append((whole[:, :, :, first : first + step] @ part)[..., 0, :])
+        part.copy_(inner[:, :, :, first : first + step] @ part)
+    if groups > 1:
+        entering = _scan(torch.cat(sums, dim=3), total.sum(-1).clamp_min(LOWEST), reverse)
+        grouped.addcmul_(carry, entering[..., None, :])
+    return own[:, :, :, :count]

@@ -35,7 +35,6 @@ def start_state(
     return torch.zeros(batch, heads, key_width, value_width + 1, dtype=dtype, device=device)
 
 
-@torch.no_grad()
 def stream(
     state: Tensor,
     q: Tensor,
@@ -59,7 +58,7 @@ def stream(
     padding_mask: bool ``(B, n)``, True = real token.
 
     Returns num ``(B, n, H, Dv)``, den ``(B, n, H)`` and the next state, in the state's dtype. For inference: no gradients; raises
-    ValueError where an input asks for one, and for shapes, dtypes and names that do not fit.
+    ValueError where an input asks for one (outside ``torch.no_grad()``), and for shapes, dtypes and names that do not fit.
     """
     checks.check_tensors(q, k, v)
     checks.choice("direction", direction, ("forward", "backward"))
@@ -73,8 +72,8 @@ def stream(
         got = f"{tuple(state.shape)} {state.dtype} on {state.device}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(f"state: expected a tensor {expected} {dtype} on {q.device}, got {got}")
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("state", state)):
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{name}: streaming gives no gradients, expected a tensor without requires_grad; use .detach()")
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(f"{name}: streaming gives no gradients; call it under torch.no_grad() or give {name}.detach()")
     if padding_mask is not None:
         q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))
     v = torch.nn.functional.pad(v.to(dtype), (0, 1), value=1.0)

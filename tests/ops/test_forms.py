@@ -1,25 +1,54 @@
-"""Every form against direct summation."""
+"""Every form against direct summation in float64, outputs and gradients, over the whole contract."""
 
 import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
-from lba_exp.ops import MODEL_FORMS, bidirectional_linear_attention
+from .compare import FORMS, KINDS, Case, cases, check
 
-from . import reference
+SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 
 
-@pytest.mark.parametrize("form", MODEL_FORMS)
-@pytest.mark.parametrize("kinds", list(itertools.product("nfs", "nfs")), ids="".join)
-def test_outputs(form, kinds):
-    torch.manual_seed(0)
-    batch, length, heads = 2, 37, 3
-    q, k = (torch.rand(batch, length, heads, 4) for _ in range(2))
-    v = torch.randn(batch, length, heads, 5)
-    shapes = {"n": None, "f": (heads,), "s": (batch, length, heads)}
-    f, b = (None if shapes[kind] is None else -torch.rand(shapes[kind]) for kind in kinds)
-    mask = torch.rand(batch, length) > 0.2
-    y = bidirectional_linear_attention(q, k, v, f, b, form=form, chunk_size=8, padding_mask=mask)
-    expected = reference.attention(q, k, v, f, b, padding_mask=mask)
-    assert (y - expected).norm() <= 2e-5 * expected.norm()
+@pytest.mark.parametrize("form", FORMS)
+@given(case=cases([torch.float64, torch.float32]))
+@settings(max_examples=100, **SETTINGS)
+def test_contract(form, case):
+    check(case, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(case=cases([torch.bfloat16, torch.float16]))
+@settings(max_examples=40, **SETTINGS)
+def test_half_precision(form, case):
+    check(case, form)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(KINDS, KINDS)), ids="-".join)
+@pytest.mark.parametrize("form", FORMS)
+def test_kinds_of_decay(form, kinds):
+    check(Case(kinds=kinds, padded="holes"), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["selective", "selective_vector"])
+def test_extreme_gates(form, dtype, kind):
+    # several groups of chunks, open and closed gates side by side
+    check(Case(kinds=(kind, kind), level="mixed", length=300, chunk_size=4, batch=1, heads=2, dtype=dtype), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 2])
+def test_gradient_of_few_tokens(form, length):
+    # the exact gradient of one token's scaled output is nearly zero
+    check(Case(length=length, batch=1, heads=1), form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@given(case=cases([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_contract_at_length(form, case):
+    check(case, form)
