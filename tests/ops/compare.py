@@ -81,12 +81,13 @@ class Case:
         return {"diagonal_weight": self.diagonal_weight, "direction": self.direction}
 
 
-def gradients(outputs, inputs):
-    """Gradients of fixed random sums of the outputs; zeros where an output does not depend on an input."""
+def gradients(outputs, inputs, dtype):
+    """Gradients of fixed random sums of the outputs, weights rounded to dtype; zeros where an output does not depend on an input."""
     total = 0.0
     for number, y in enumerate(outputs):
         generator = torch.Generator().manual_seed(number)
-        total = total + (y * (torch.rand(y.shape, generator=generator, dtype=torch.float64) - 0.5).to(y.dtype)).double().sum()
+        weights = (torch.rand(y.shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+        total = total + (y.double() * weights.double()).sum()
     wanted = [x for x in inputs if x is not None]
     grads = torch.autograd.grad(total, wanted, allow_unused=True)
     found = iter([torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)])
@@ -128,8 +129,8 @@ def errors(case: Case, form: str) -> dict[str, float]:
 
     inputs, doubles, held = leaves(tensors), leaves(tensors, double=True), leaves(tensors, double=True)
     outputs, expected = ours(*inputs), exact(*doubles)
-    grads, grads_expected = gradients(outputs, inputs), gradients(expected, doubles)
-    grads_held = gradients(exact(*held, hold_den=True), held)
+    grads, grads_expected = gradients(outputs, inputs, case.dtype), gradients(expected, doubles, case.dtype)
+    grads_held = gradients(exact(*held, hold_den=True), held, case.dtype)
     for name, y, y_expected in zip(("y",) if len(outputs) == 1 else ("num", "den"), outputs, expected, strict=True):
         result[name] = error(y, y_expected)
     for name, g, g_expected, g_held in zip("qkvfb", grads, grads_expected, grads_held, strict=True):
