@@ -48,7 +48,7 @@ class ModelSchema:
     name: str = setting(MISSING, "the variant's name in folders and tables")
     kind: str = setting("sequence_classifier", "model", names=registry.MODELS)
     width: int = setting(64, "features per token", low=1)
-    depth: int = setting(4, "number of blocks", low=1)
+    depth: int = setting(3, "number of blocks", low=1)
     heads: int = setting(4, "heads per mixer; divides width", low=1)
     mlp_ratio: float = setting(2.0, "hidden width of the MLP over width", above=0)
     dropout: float = setting(0.1, "dropout on the residual branches", low=0, high=0.99)
@@ -82,7 +82,7 @@ class OptimSchema:
     eps: float = setting(1e-8, "added to AdamW's denominator", above=0)
     warmup_fraction: float = setting(0.1, "share of all steps in which the rate rises linearly", low=0, high=1)
     final_fraction: float = setting(0.0, "the rate at the end of the cosine over the peak rate", low=0, high=1)
-    label_smoothing: float = setting(0.0, "label smoothing of the training loss", low=0, high=0.99)
+    label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, high=0.99)
 
 
 @dataclass
@@ -108,7 +108,7 @@ class CheckpointSchema:
     every_n_steps: int | None = setting(
         None, "save a resumable checkpoint every n optimizer steps, beside those after each validation", low=1
     )
-    monitor: str = setting("val/accuracy", "metric that chooses the best checkpoint", choices=("val/accuracy", "val/loss"))
+    monitor: str = setting("val/accuracy", "metric that chooses the best checkpoint; among equal accuracies the loss", choices=("val/accuracy", "val/loss"))
 
 
 @dataclass

@@ -36,19 +36,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(part, path)
 
 
+class StepCheckpoint(ModelCheckpoint):
+    """Saves every n optimizer steps, but never where a validation is due: Lightning 2.6 would skip that validation and the epoch's end
+    on resume. The checkpoint after the validation takes its place."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        every = trainer.val_check_batch
+        due = trainer.is_last_batch or any((n + 1) % every == 0 for n in (batch_idx, trainer.fit_loop.total_batch_idx))
+        if not due:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
 def checkpoint_callbacks(folder: Path, settings: CheckpointSchema) -> list[ModelCheckpoint]:
     """The callbacks that keep best.ckpt (on validation) and last.ckpt (after each validation, and every n steps where asked).
 
     The best one comes first, so that last.ckpt knows of it.
     """
     common = {"dirpath": folder / "checkpoints", "enable_version_counter": False, "auto_insert_metric_name": False}
-    mode = "min" if settings.monitor == "val/loss" else "max"
+    monitor, mode = ("val/loss", "min") if settings.monitor == "val/loss" else ("val/selection", "max")
     callbacks = [
-        ModelCheckpoint(filename="best", monitor=settings.monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=False, **common),
+        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=False, **common),
         ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=False, **common),
     ]
     if settings.every_n_steps is not None:
-        callbacks.append(ModelCheckpoint(filename="last", save_top_k=1, every_n_train_steps=settings.every_n_steps, **common))
+        callbacks.append(StepCheckpoint(filename="last", save_top_k=1, every_n_train_steps=settings.every_n_steps, **common))
     return callbacks
 
 

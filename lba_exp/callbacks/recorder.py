@@ -55,7 +55,7 @@ class Recorder(pl.Callback):
             return
         metrics: dict[str, float] = {"epoch": trainer.current_epoch}
         metrics |= getattr(module, "take_train_metrics", dict)()
-        metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k != "val/selection"}
         for source in self.sources:
             metrics |= {k: float(v) for k, v in source.metrics().items() if v is not None}
         self._log(trainer, metrics)
