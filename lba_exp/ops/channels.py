@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lba_exp.ops.decays import decay_mask, sums_inside
+from lba_exp.ops.decays import adjoint_sums, decay_mask, sums_inside
 
 SMALLEST = 8  # tokens: blocks of at most this many are compared pair by pair
 
@@ -100,23 +100,33 @@ def channel_scores(
 
 def channel_gradients(
     grad: Tensor, q: Tensor, k: Tensor, forward: Tensor | None, backward: Tensor | None, weight: float, directions: tuple[str, ...]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adjoint of ``channel_scores`` with ``block`` 1: (dq, dk) from the pairs of each direction and, as "diagonal", from i = j."""
+) -> dict[str, tuple[Tensor, ...]]:
+    """The adjoint of ``channel_scores`` with ``block`` 1: (dq, dk) of the diagonal, (dq, dk, gradient of the steps) of each direction.
+
+    The steps' gradients are ``(..., C, Dk)``, whether their decay has channels or not.
+    """
     count = q.shape[-2]
     diagonal = weight * grad.diagonal(dim1=-2, dim2=-1)[..., None]
     parts = {"diagonal": (diagonal * k, diagonal * q)}
     for direction in directions:
         reverse = direction == "backward"
-        dq, dk, inner = torch.zeros_like(q), torch.zeros_like(k), grad[..., None, :, :]
+        near, far = (0, 1) if reverse else (1, 0)  # the half that the queries lie in, the half that the keys lie in
+        dq, dk, dsteps, inner = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(q), grad[..., None, :, :]
         for size, into, onto in reversed(_levels(backward if reverse else forward, 1, count, reverse)):
-            near, far = (0, 1) if reverse else (1, 0)  # the half that the queries lie in, the half that the keys lie in
             into, onto = _halves(into, size)[near], _halves(onto, size)[far]
+            q_near, k_far = _halves(q, size)[near], _halves(k, size)[far]
             inner = inner.unflatten(-1, (2, size)).unflatten(-3, (2, size))
             between = inner[..., near, :, far, :]
-            dq.unflatten(-2, (-1, 2, size))[..., near, :, :] += decayed(between @ decayed(_halves(k, size)[far], onto), into)
-            dk.unflatten(-2, (-1, 2, size))[..., far, :, :] += decayed(between.mT @ decayed(_halves(q, size)[near], into), onto)
+            dq_near = decayed(between @ decayed(k_far, onto), into)
+            dk_far = decayed(between.mT @ decayed(q_near, into), onto)
+            dq.unflatten(-2, (-1, 2, size))[..., near, :, :] += dq_near
+            dk.unflatten(-2, (-1, 2, size))[..., far, :, :] += dk_far
+            if into is not None:
+                target = dsteps.unflatten(-2, (-1, 2, size))
+                target[..., near, :, :] += adjoint_sums(q_near * dq_near, None, reverse)
+                target[..., far, :, :] += adjoint_sums(None, k_far * dk_far, reverse)
             inner = torch.stack([inner[..., 0, :, 0, :], inner[..., 1, :, 1, :]], dim=-3).flatten(-4, -3)
-        parts[direction] = (dq, dk)
+        parts[direction] = (dq, dk, dsteps)
     return parts
 
 

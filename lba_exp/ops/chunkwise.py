@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lba_exp.ops.channels import decayed
-from lba_exp.ops.decays import LOWEST, add_steps, compute_dtype, empty_gradient, sums_inside
+from lba_exp.ops.decays import LOWEST, add_steps, adjoint_sums, compute_dtype, empty_gradient, sums_inside
 from lba_exp.ops.inside import inside_gradients, inside_scores, is_vector
 from lba_exp.ops.scan import rounded, scan_states
 
@@ -150,11 +150,12 @@ class _Chunkwise(torch.autograd.Function):
         dsteps = [empty_gradient(x, chunks.length) if need else None for x, need in needed]
         for first, last in chunks.slices:
             x = _Slice(chunks, first, last, q, k, v, steps, with_den, grads)
-            scores, dq_part, dk_part, changes = inside_gradients(x.grad @ x.v.mT, x.q, x.k, *x.steps, weight, directions)
+            scores, dq_part, dk_part, inside = inside_gradients(x.grad @ x.v.mT, x.q, x.k, *x.steps, weight, directions)
             dv_part = scores.mT @ x.grad
             for direction in directions:
                 into, onto, total = x.sums(direction)
-                row, column, through = changes.get(direction), None, None
+                dstep = dsteps[direction == "backward"]
+                dstep_part = None if dstep is None else _fit(inside[direction], dstep)
                 if states:
                     state, adjoint = (y[direction][:, :, first:last] for y in (states, adjoints))
                     dq_state = decayed(x.grad @ state.mT, into)
@@ -162,17 +163,12 @@ class _Chunkwise(torch.autograd.Function):
                     dv_part += decayed(x.k, onto) @ adjoint
                     dq_part += dq_state
                     dk_part += dk_state
-                dstep = dsteps[direction == "backward"]
-                if dstep is None:
-                    continue
-                if states:
-                    column = x.k * dk_state
-                    through = (state * adjoint).sum(-1)[..., None, :] * total.exp()
-                    row = row + _fit(x.q * dq_state, row)
-                dstep_part = _collect(_fit(row, dstep), column if column is None else _fit(column, dstep), direction == "backward")
-                if through is not None:
-                    dstep_part = dstep_part + _fit(through, dstep)
-                add_steps(dstep, join(dstep_part, x.length), x.start, x.stop)
+                    if dstep is not None:  # pairs with one end in this chunk, and pairs around it
+                        row, column = _fit(x.q * dq_state, dstep), _fit(x.k * dk_state, dstep)
+                        around = (state * adjoint).sum(-1)[..., None, :] * total.exp()
+                        dstep_part = dstep_part + adjoint_sums(row, column, direction == "backward") + _fit(around, dstep)
+                if dstep is not None:
+                    add_steps(dstep, join(dstep_part, x.length), x.start, x.stop)
             dq[:, x.start : x.stop] = join(dq_part, x.length)
             dk[:, x.start : x.stop] = join(dk_part, x.length)
             dv[:, x.start : x.stop] = join(dv_part[..., : v.shape[-1]], x.length)
@@ -182,17 +178,6 @@ class _Chunkwise(torch.autograd.Function):
 def _fit(x: Tensor, like: Tensor) -> Tensor:
     """Summed over channels where ``like`` has one value for all of them."""
     return x.sum(-1, keepdim=True) if like.shape[-1] == 1 and x.shape[-1] > 1 else x
-
-
-def _collect(row: Tensor, column: Tensor | None, reverse: bool) -> Tensor:
-    """The adjoint of ``sums_inside``: each step gets the rows that are read after it and the columns that are read before it."""
-    if reverse:
-        row = row.flip(-2)
-        column = None if column is None else column.flip(-2)
-    total = row.flip(-2).cumsum(-2).flip(-2)
-    if column is not None:
-        total = total + pad(column[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-    return total.flip(-2) if reverse else total
 
 
 def chunkwise(

@@ -98,8 +98,11 @@ def _outer_difference(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor
     return high + (low_row[..., :, None] - low_column[..., None, :])
 
 
-def between(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(..., n)`` to ``(..., n, n)``: entry (i, j) is the sum over ``j < t <= i``, of use where i >= j."""
+def between(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """``(..., size)``, or ``(..., 1)`` for equal steps, to ``(..., size, size)``: entry (i, j) sums ``j < t <= i``, of use where i >= j."""
+    if x.shape[-1] == 1:
+        place = torch.arange(size, dtype=dtype, device=x.device)
+        return x.to(dtype).clamp_min(LOWEST)[..., None] * (place[:, None] - place)
     sums = running_sum(x, dtype)
     return _outer_difference(sums, sums)
 
@@ -114,13 +117,13 @@ def decay_mask(
     """
     exponent = None
     if "forward" in directions and forward is not None:
-        exponent = between(forward.expand(*forward.shape[:-1], size), like.dtype).tril()
+        exponent = between(forward, size, like.dtype).tril(-1)
     if "backward" in directions and backward is not None:
         # sum over i <= t < j: the same sums of the sequence shifted by one step
-        shifted = torch.nn.functional.pad(backward.expand(*backward.shape[:-1], size)[..., :-1], (1, 0))
-        upper = between(shifted, like.dtype).mT.triu()
+        shifted = backward if backward.shape[-1] == 1 else torch.nn.functional.pad(backward[..., :-1], (1, 0))
+        upper = between(shifted, size, like.dtype).mT.triu(1)
         exponent = upper if exponent is None else exponent + upper
-    # the other triangle is cut off before exp: its differences are positive
+    # the other triangle is cut off before exp, where its differences are positive; so is the diagonal, which no decay reaches
     mask = like.new_ones(size, size) if exponent is None else exponent.exp()
     if directions == ("forward",):
         mask = mask.tril()
@@ -143,6 +146,20 @@ def sums_inside(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     onto = torch.nn.functional.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
     whole = into[..., -1:, :]
     return (into.flip(-2), onto.flip(-2), whole) if reverse else (into, onto, whole)
+
+
+def adjoint_sums(row: Tensor | None, column: Tensor | None, reverse: bool) -> Tensor:
+    """The adjoint of ``sums_inside`` (``(..., n, X)`` each): a step gets the rows read at or after it and the columns read before it."""
+    total = None
+    if row is not None:
+        total = row.cumsum(-2) if reverse else row.flip(-2).cumsum(-2).flip(-2)
+    if column is not None:
+        if reverse:
+            columns = torch.nn.functional.pad(column[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+        else:
+            columns = torch.nn.functional.pad(column[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+        total = columns if total is None else total + columns
+    return total
 
 
 def empty_gradient(x: Tensor | None, length: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The pairs of tokens inside a chunk: masked scores and their gradients, with one decay per head or one per channel."""
 
+import torch
 from torch import Tensor
 
 from lba_exp.ops.channels import channel_gradients, channel_scores
@@ -32,24 +33,25 @@ def inside_scores(
 def inside_gradients(
     grad: Tensor, q: Tensor, k: Tensor, forward: Tensor | None, backward: Tensor | None, weight: float, directions: tuple[str, ...]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """The masked scores, dq, dk and, per direction, row minus column: what each token gains as a query and loses as a key, ``(..., C, X)``.
+    """The masked scores, dq, dk and, per direction, the gradient of each step's log decay, ``(..., C, X)``.
 
-    grad: the gradient of the masked scores, ``(..., C, C)``. The sum of row minus column over the tokens on one side of a step is the
-    gradient of that step's log decay.
+    grad: the gradient of the masked scores, ``(..., C, C)``. A step's gradient sums over the pairs that it lies between; none of the sums
+    takes back what another put in, so a small gradient beside large ones is as exact as they are.
     """
     if is_vector(forward, backward):
         scores = channel_scores(q, k, forward, backward, 1, weight, directions)
         parts = channel_gradients(grad, q, k, forward, backward, weight, directions)
         dq, dk = (sum(pair[side] for pair in parts.values()) for side in (0, 1))
-        return scores, dq, dk, {name: q * parts[name][0] - k * parts[name][1] for name in directions}
+        return scores, dq, dk, {name: parts[name][2] for name in directions}
     mask = _mask(q.shape[-2], forward, backward, weight, directions, q)
     scores = q @ k.mT
     if mask is not None:
         grad = grad * mask
-    changes = {}
+    steps = {}
     if forward is not None or backward is not None:
-        pairs = scores * grad
-        for name in directions:
-            triangle = pairs.triu(1) if name == "backward" else pairs.tril(-1)
-            changes[name] = (triangle.sum(-1) - triangle.sum(-2))[..., None]
-    return scores if mask is None else scores * mask, grad @ k, grad.mT @ q, changes
+        pairs, ones = scores * grad, torch.ones_like(grad[(0,) * (grad.ndim - 2)])
+        if "forward" in directions:  # queries at t or after it, keys before it
+            steps["forward"] = (ones.triu() @ pairs).tril(-1).sum(-1, keepdim=True)
+        if "backward" in directions:  # queries at t or before it, keys after it
+            steps["backward"] = (ones.tril() @ pairs).triu(1).sum(-1, keepdim=True)
+    return scores if mask is None else scores * mask, grad @ k, grad.mT @ q, steps

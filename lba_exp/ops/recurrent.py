@@ -3,10 +3,13 @@
 Both directions run side by side as one batch: step t handles token t for the forward direction and token L-1-t for the backward one. A
 state first decays, then is read, then takes in its token, so a read never holds the token itself; the diagonal is added once, apart.
 
-Training keeps the states at segment borders only: the gradients of q come from running the recurrence again, those of k and v from the
-adjoint recurrence, run from the other end; a decay's gradient is the product of the state and its adjoint at the segment's first step,
-and changes from step to step by what a token gains as a query (q . dq) and loses as a key (k . dk).
+Training keeps the states at about sqrt(L) segment borders only: the gradients of q come from running the recurrence again, those of k and
+v from the adjoint recurrence, run from the other end; a decay's gradient is the product of the decayed state, made again for one segment at
+a time, and its adjoint.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,39 +17,90 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lba_exp.ops.decays import LOWEST, add_steps, compute_dtype, empty_gradient
-from lba_exp.ops.inside import is_vector
 
-SEGMENT = 256  # tokens gathered at once
-
-
-def shrinkage(log_decay: Tensor) -> Tensor:
-    """``exp(log_decay) - 1``: adding it times the state does not drift over many steps, as multiplying by a rounded decay does."""
-    return log_decay.clamp_min(LOWEST).expm1()
+SEGMENT = 256  # tokens gathered at once, at most
 
 
-def advance(state: Tensor, shrink: Tensor | None, k: Tensor, v: Tensor, q: Tensor, out: Tensor) -> None:
-    """Run ``T`` steps in place: state ``(N, Dk, Dv)``, shrink ``(T, N, X, 1)``, k, q ``(T, N, Dk)``, v and the reads out ``(T, N, Dv)``."""
-    shrinks = [None] * len(k) if shrink is None else shrink.unbind(0)
+class Decay(NamedTuple):
+    """The decays of ``T`` steps, ``(T, N, X, 1)``: a state becomes ``keep * state + change * state``; no ``keep``: it is 1."""
+
+    keep: Tensor | None
+    change: Tensor
+
+    @classmethod
+    def of(cls, log_decay: Tensor) -> "Decay":
+        """f near 1 as ``1 + expm1(log f)``, which does not drift over many steps as a rounded f does; small f as it is, which is exact."""
+        log_decay = log_decay.clamp_min(LOWEST)
+        near = log_decay > -math.log(2)
+        change = torch.where(near, log_decay.expm1(), log_decay.exp())
+        return cls(None if bool(near.all()) else near.to(change.dtype), change)
+
+    def steps(self) -> list[tuple[Tensor | None, Tensor]]:
+        keeps = [None] * len(self.change) if self.keep is None else self.keep.unbind(0)
+        return list(zip(keeps, self.change.unbind(0), strict=True))
+
+    @property
+    def mT(self) -> "Decay":
+        return Decay(None if self.keep is None else self.keep.mT, self.change.mT)
+
+
+def _decay(state: Tensor, step: tuple[Tensor | None, Tensor], out: Tensor) -> None:
+    keep, change = step
+    torch.addcmul(state if keep is None else state * keep, state, change, out=out)
+
+
+def advance(state: Tensor, decay: Decay | None, k: Tensor, v: Tensor, q: Tensor, out: Tensor) -> None:
+    """Run ``T`` steps in place: state ``(N, Dk, Dv)``, k, q ``(T, N, Dk)``, v and the reads out ``(T, N, Dv)``."""
+    decays = [None] * len(k) if decay is None else decay.steps()
     columns, rows = k.unsqueeze(-1).unbind(0), [x.unsqueeze(-2).unbind(0) for x in (v, q, out)]
-    for shrink_t, k_t, v_t, q_t, out_t in zip(shrinks, columns, *rows, strict=True):
-        if shrink_t is not None:
-            state.addcmul_(state, shrink_t)
+    for decay_t, k_t, v_t, q_t, out_t in zip(decays, columns, *rows, strict=True):
+        if decay_t is not None:
+            _decay(state, decay_t, out=state)
         torch.bmm(q_t, state, out=out_t)
         state.addcmul_(k_t, v_t)
 
 
-def retreat(state: Tensor, shrink: Tensor | None, k: Tensor, v: Tensor, q: Tensor, grad: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """The adjoint of ``advance``, in place on the state's adjoint: steps T-1 to 0; writes ``dk (T, N, Dk)`` and ``dv (T, N, Dv)``."""
-    shrinks = [None] * len(k) if shrink is None else shrink.unbind(0)
+def decayed_states(state: Tensor, decay: Decay, k: Tensor, v: Tensor) -> Tensor:
+    """The state as each of ``T`` steps reads it, ``(T, N, Dk, Dv)``; arguments as in ``advance``, ``state`` is not changed."""
+    states = state.new_empty(len(k), *state.shape)
+    state = state.clone()
+    for state_t, decay_t, k_t, v_t in zip(states, decay.steps(), k.unsqueeze(-1), v.unsqueeze(-2), strict=True):
+        _decay(state, decay_t, out=state_t)
+        torch.addcmul(state_t, k_t, v_t, out=state)
+    return states
+
+
+def retreat(
+    state: Tensor,
+    decay: Decay | None,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    grad: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    states: Tensor | None = None,
+    dsteps: Tensor | None = None,
+) -> None:
+    """The adjoint of ``advance``, in place on the state's adjoint: steps T-1 to 0; writes ``dk (T, N, Dk)`` and ``dv (T, N, Dv)``.
+
+    Given the ``decayed_states``, the gradients of the steps' log decays too, ``dsteps (T, N, Dk or 1)``.
+    """
+    decays = [None] * len(k) if decay is None else decay.steps()
     columns = [x.unsqueeze(-1).unbind(0) for x in (v, dk, q)]
     rows = [x.unsqueeze(-2).unbind(0) for x in (k, dv, grad)]
-    steps = list(zip(shrinks, *columns, *rows, strict=True))
-    for shrink_t, v_t, dk_t, q_t, k_t, dv_t, grad_t in reversed(steps):
+    extra = [[None] * len(k)] * 2 if states is None else [states.unbind(0), dsteps.unbind(0)]
+    steps = list(zip(decays, *columns, *rows, *extra, strict=True))
+    for decay_t, v_t, dk_t, q_t, k_t, dv_t, grad_t, state_t, dstep_t in reversed(steps):
         torch.bmm(state, v_t, out=dk_t)
         torch.bmm(k_t, state, out=dv_t)
         state.addcmul_(q_t, grad_t)
-        if shrink_t is not None:
-            state.addcmul_(state, shrink_t)
+        if state_t is not None:
+            # one dot product for each decay
+            rows_t = (x.view(dstep_t.numel(), 1, -1) for x in (state, state_t))
+            torch.bmm(next(rows_t), next(rows_t).mT, out=dstep_t.view(-1, 1, 1))
+        if decay_t is not None:
+            _decay(state, decay_t, out=state)
 
 
 class _Segment:
@@ -73,18 +127,18 @@ class _Segment:
         """``(B, L, H, D)``, each direction's tokens in the order in which it reads them."""
         return self._flat([self._read(x, direction) for direction in self.directions])
 
-    def shrinks(self, steps: list[Tensor | None]) -> Tensor | None:
-        """``exp - 1`` of the directions' decays, ``(T, N, X, 1)``; None where no direction decays."""
+    def decay(self, steps: list[Tensor | None]) -> Decay | None:
+        """The decays of all directions; None where none decays."""
         used = {direction: steps[direction == "backward"] for direction in self.directions}
-        decays = [x for x in used.values() if x is not None]
-        if not decays:
+        known = [x for x in used.values() if x is not None]
+        if not known:
             return None
-        shape = (self.batch, self.stop - self.start, self.heads, max(x.shape[-1] for x in decays))
+        shape = (self.batch, self.stop - self.start, self.heads, max(x.shape[-1] for x in known))
         parts = []
         for direction, x in used.items():
-            x = decays[0].new_zeros(1, 1, 1, 1) if x is None else shrinkage(x if x.shape[1] == 1 else self._read(x, direction))
+            x = known[0].new_zeros(1, 1, 1, 1) if x is None else x if x.shape[1] == 1 else self._read(x, direction)
             parts.append(x.expand(shape))
-        return self._flat(parts)[..., None]
+        return Decay.of(self._flat(parts)[..., None])
 
     def scatter(self, x: Tensor) -> dict[str, Tensor]:
         """``(T, N, D)`` as ``(B, T, H, D)`` per direction, in the order of the sequence."""
@@ -97,9 +151,9 @@ class _Segment:
             target[:, self.tokens(direction)] += part
 
 
-def _segments(directions: tuple[str, ...], q: Tensor, dtype: torch.dtype) -> list[_Segment]:
+def _segments(directions: tuple[str, ...], q: Tensor, dtype: torch.dtype, size: int = SEGMENT) -> list[_Segment]:
     length = q.shape[1]
-    return [_Segment(start, min(start + SEGMENT, length), directions, q, dtype) for start in range(0, length, SEGMENT)]
+    return [_Segment(start, min(start + size, length), directions, q, dtype) for start in range(0, length, size)]
 
 
 def _with_den(x: Tensor, den: Tensor | float) -> Tensor:
@@ -126,7 +180,7 @@ class _Recurrent(torch.autograd.Function):
             qs, ks, vs = segment.gather(q), segment.gather(k), segment.gather(v)
             vs = _with_den(vs, 1.0) if with_den else vs
             reads = torch.empty_like(vs)
-            advance(state, segment.shrinks([forward, backward]), ks, vs, qs, reads)
+            advance(state, segment.decay([forward, backward]), ks, vs, qs, reads)
             segment.add(out, reads)
         return (out[..., :-1], out[..., -1]) if with_den else (out, None)
 
@@ -138,18 +192,15 @@ class _Recurrent(torch.autograd.Function):
         steps = [forward, backward]
         needed = zip(steps, ctx.needs_input_grad[3:5], strict=True)
         dsteps = [empty_gradient(x, q.shape[1]) if need else None for x, need in needed]
-        gates = any(x is not None for x in dsteps)
-        vector = is_vector(*steps)
+        gates = any(dsteps[direction == "backward"] is not None for direction in directions)
         dtype = compute_dtype(q, k, v)
         dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        segments = _segments(directions, q, dtype)
+        # as many borders as steps between them
+        segments = _segments(directions, q, dtype, min(SEGMENT, math.isqrt(q.shape[1] - 1) + 1) if gates else SEGMENT)
 
         def values(segment):
             vs, grads = segment.gather(v), segment.gather(grad_num)
             return (_with_den(vs, 1.0), _with_den(grads, segment.gather(grad_den[..., None]))) if with_den else (vs, grads)
-
-        def per_step(x):
-            return x if vector else x.sum(-1, keepdim=True)
 
         for segment in segments:
             own = slice(segment.start, segment.stop)
@@ -160,29 +211,27 @@ class _Recurrent(torch.autograd.Function):
             dv[:, own] = weight * (q_own * k_own).sum(-1, keepdim=True) * grad_own
 
         state = dq.new_zeros(len(directions) * q.shape[0] * q.shape[2], q.shape[3], v.shape[3] + with_den)
-        borders, gains = [], []
+        borders = []
         for segment in segments:
             qs, ks, (vs, grads) = segment.gather(q), segment.gather(k), values(segment)
             borders.append(state.clone() if gates else None)
-            shrink = segment.shrinks(steps)
+            decay = segment.decay(steps)
             reads = torch.empty_like(qs)
             # dq_t = S_t grad_t: the same recurrence with k and v in each other's place
-            advance(state.mT, None if shrink is None else shrink.mT, vs, ks, grads, reads)
+            advance(state.mT, None if decay is None else decay.mT, vs, ks, grads, reads)
             segment.add(dq, reads)
-            gains.append(per_step(qs * reads) if gates else None)
         state.zero_()
         for segment in reversed(segments):
             qs, ks, (vs, grads) = segment.gather(q), segment.gather(k), values(segment)
-            dks, dvs = torch.empty_like(ks), torch.empty_like(vs)
-            retreat(state, segment.shrinks(steps), ks, vs, qs, grads, dks, dvs)
+            dks, dvs, decay = torch.empty_like(ks), torch.empty_like(vs), segment.decay(steps)
+            border, extra = borders.pop(), ()
+            if gates:
+                extra = decayed_states(border, decay, ks, vs), ks.new_empty(decay.change.shape[:3])
+            retreat(state, decay, ks, vs, qs, grads, dks, dvs, *extra)
             segment.add(dk, dks)
             segment.add(dv, dvs[..., : v.shape[-1]])
-            border, gain = borders.pop(), gains.pop()
             if gates:
-                crossing = per_step((state * border).sum(-1)).double()
-                change = gain.double() - per_step(ks * dks)
-                crossing = crossing - pad(change[:-1].cumsum(0), (0, 0, 0, 0, 1, 0))
-                for direction, part in segment.scatter(crossing).items():
+                for direction, part in segment.scatter(extra[1]).items():
                     _add(dsteps[direction == "backward"], part, segment.tokens(direction))
         dsteps = [None if x is None else x.to(y.dtype) for x, y in zip(dsteps, steps, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *dsteps, None, None, None
@@ -208,6 +257,6 @@ def recurrent(
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)``, one token at a time; ``chunk_size`` has no meaning here.
 
-    O(L d) memory, also in training: one state per 256 tokens is kept. Arguments as in ``parallel``.
+    O(L d) memory, also in training, which keeps some 2 sqrt(L) states. Arguments as in ``parallel``.
     """
     return _Recurrent.apply(q, k, v, forward, backward, weight, directions, with_den)

@@ -45,7 +45,7 @@ def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
     grouped, total = own.unflatten(3, (groups, size)), total.unflatten(3, (groups, size))
     # decays to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
     borders = pad(total.flip(-1) if reverse else total, (1, 0))
-    decays = between(borders, own.dtype).tril().exp().tril()
+    decays = between(borders, size + 1, own.dtype).tril().exp().tril()
     inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
     if reverse:
         inner, whole, carry = inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lba_exp.ops import checks
 from lba_exp.ops.decays import compute_dtype, to_steps
-from lba_exp.ops.recurrent import advance, shrinkage
+from lba_exp.ops.recurrent import Decay, advance
 
 
 def start_state(
@@ -84,13 +84,12 @@ def stream(
         x = x.flip(1) if direction == "backward" else x
         return x.transpose(0, 1).flatten(1, 2)
 
-    shrink = None
+    decay = None
     if log_decay is not None:
-        steps = shrinkage(to_steps(log_decay))
-        shrink = flat(steps.expand(batch, q.shape[1], heads, -1))[..., None]
+        decay = Decay.of(flat(to_steps(log_decay).expand(batch, q.shape[1], heads, -1))[..., None])
     following = state.clone()
     reads = torch.empty_like(flat(v))
-    advance(following.view(batch * heads, width, -1), shrink, flat(k), flat(v), flat(q), reads)
+    advance(following.view(batch * heads, width, -1), decay, flat(k), flat(v), flat(q), reads)
     reads = reads.unflatten(1, (batch, heads)).transpose(0, 1)
     out = own + (reads.flip(1) if direction == "backward" else reads)
     return out[..., :-1], out[..., -1], following
