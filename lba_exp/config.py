@@ -108,7 +108,9 @@ class CheckpointSchema:
     every_n_steps: int | None = setting(
         None, "save a resumable checkpoint every n optimizer steps, beside those after each validation", low=1
     )
-    monitor: str = setting("val/accuracy", "metric that chooses the best checkpoint; among equal accuracies the loss", choices=("val/accuracy", "val/loss"))
+    monitor: str = setting(
+        "val/accuracy", "metric that chooses the best checkpoint; among equal accuracies the loss", choices=("val/accuracy", "val/loss")
+    )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -112,7 +113,10 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-        trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
         best = folder / "checkpoints" / BEST
         if best.is_file() and not trainer.fast_dev_run:
             content = load_checkpoint(best)
@@ -249,7 +253,7 @@ def _log_file(folder: Path):
     for name in names:
         log = logging.getLogger(name)
         saved.append((log, list(log.handlers), log.level, log.propagate))
-        log.handlers, log.propagate = [handler], False
+        log.handlers, log.propagate, log.disabled = [handler], False, False  # Hydra disables loggers between the runs of a sweep
         log.setLevel(logging.INFO)
     try:
         yield

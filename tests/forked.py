@@ -6,7 +6,9 @@ import signal
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lba_exp.running", "lba_exp.composing", "lba_exp.data.images", "lba_exp.models.classifier", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(
+    ["lba_exp.running", "lba_exp.composing", "lba_exp.data.images", "lba_exp.models.classifier", "sklearn.datasets"]
+)
 
 
 def _run(folder: str, overrides: list[str], kill: tuple[str, int] | None, console) -> None:

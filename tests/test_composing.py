@@ -137,8 +137,8 @@ def test_every_entry_composes():
 def test_the_digits_sweep_is_models_by_seeds():
     jobs = composing.sweep_jobs(["sweeps=digits"])
     assert len(jobs) == 12
-    chosen = {tuple(o for o in job if o.startswith(("model=", "seed="))) for job in jobs}
-    assert len(chosen) == 12 and ("model=lion_d", "seed=2") in chosen
+    chosen = {tuple(o for o in job if o.startswith(("experiments=", "seed="))) for job in jobs}
+    assert len(chosen) == 12 and ("experiments=digits_lion_d", "seed=2") in chosen
 
 
 def test_the_command_line_wins_over_the_sweep_file():

@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "ops": BASE,
     "nn": BASE | {"ops"},
     "models": BASE | {"ops", "nn"},
-    "data": BASE,
+    "data": BASE | {"messages"},
     "results": BASE | {"ops", "nn", "models"},
     "tasks": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config"},

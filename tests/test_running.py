@@ -14,6 +14,7 @@ from lba_exp.commands import evaluate as eval_command
 from lba_exp.commands import train as command
 from lba_exp.errors import DataError, ParityError
 from lba_exp.results.metrics_log import read_rows
+from tests import wandb_file
 
 
 def contents(folder: Path) -> dict:
@@ -45,14 +46,22 @@ def test_the_record_is_complete(finished):
     assert set(forms) == set(ops.MODEL_FORMS)
     for form in ("recurrent", "chunkwise"):
         assert forms[form]["rel"] <= 1e-4 and forms[form]["operator_rel"] <= 2e-5 and forms[form]["agreement"] == 1
-    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "overrides.yaml", "metrics.csv", "run.png", "train.log", "checkpoints", "result.json"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml",
+        "overrides.yaml",
+        "metrics.csv",
+        "run.png",
+        "train.log",
+        "checkpoints",
+        "result.json",
+    }
     assert OmegaConf.load(folder / "config.yaml").model.width == 16
 
 
 def test_the_test_split_is_judged_on_the_best_validation_checkpoint(finished):
     folder, record = finished
     rows = read_rows(folder / "metrics.csv")
-    best = max((r for r in rows if "val/accuracy" in r), key=lambda r: r["val/accuracy"])
+    best = max((r for r in rows if "val/accuracy" in r), key=lambda r: (r["val/accuracy"], -r["val/loss"]))
     assert record["best"]["step"] == best["step"] and record["metrics"]["validation"]["accuracy"] == best["val/accuracy"]
     evaluated = lba_exp.evaluate(folder, quiet=True)["forms"]["parallel"]
     assert evaluated["accuracy"] == pytest.approx(record["metrics"]["test"]["accuracy"], abs=1e-6)
@@ -136,6 +145,7 @@ def test_a_data_error_leaves_no_folder(small, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     images.to_parquet(str(tmp_path / "data" / "train.parquet"))
     before = set(tmp_path.iterdir())
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         command.main([*small, "data=images", f"data.source={tmp_path / 'data'}"])
     said = capsys.readouterr().err
@@ -147,8 +157,8 @@ def test_a_data_error_leaves_no_folder(small, tmp_path, capsys):
 
 def test_an_unexpected_error_is_recorded_and_the_next_run_starts_clean(small, monkeypatch):
     cfg = lba_exp.compose([*small, "logger=wandb_offline", "folder=run"])
-    monkeypatch.setattr(running, "_metrics", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as planted, pytest.raises(ZeroDivisionError):
+        planted.setattr(running, "_metrics", lambda *a: 1 / 0)
         lba_exp.train(cfg, quiet=True)
     import wandb
 
@@ -156,37 +166,19 @@ def test_an_unexpected_error_is_recorded_and_the_next_run_starts_clean(small, mo
     stored = json.loads(Path("run/result.json").read_text())
     assert stored["status"] == "failed" and "ZeroDivisionError" in stored["error"]
     assert "ZeroDivisionError" in Path("run/train.log").read_text()
-    monkeypatch.undo()
     assert lba_exp.train(cfg, quiet=True)["status"] == "finished"
-
-
-def wandb_history(folder: Path) -> tuple[dict, list[dict], int]:
-    """Config, history rows and exit code of the offline W&B run in a folder, read back from its file."""
-    from wandb.proto import wandb_internal_pb2 as pb
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(next(folder.glob("wandb/offline-run-*/*.wandb"))))
-    config, history, code = {}, [], -1
-    while (data := store.scan_data()) is not None:
-        record = pb.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            config |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
-            config["group"], config["display_name"], config["tags"] = record.run.run_group, record.run.display_name, list(record.run.tags)
-        elif kind == "history":
-            history.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item})
-        elif kind == "exit":
-            code = record.exit.exit_code
-    return config, history, code
 
 
 def test_the_offline_wandb_run_reads_back(small):
     overrides = [o for o in small if not o.startswith("logger")]
     record = lba_exp.train(lba_exp.compose([*overrides, "logger.tags=[mine]"]), quiet=True)
-    config, history, code = wandb_history(Path(record["folder"]))
-    assert code == 0 and config["group"] == "digits" and config["display_name"].startswith("lion_s") and config["display_name"].endswith("seed0")
+    config, history, code = wandb_file.read(Path(record["folder"]))
+    assert (
+        code == 0
+        and config["group"] == "digits"
+        and config["display_name"].startswith("lion_s")
+        and config["display_name"].endswith("seed0")
+    )
     assert {"lion_s", "digits", "mine"} <= set(config["tags"])
     assert config["model"]["mixer"]["gate"] == "selective" and config["optim"]["lr"] == 0.002
     logged = {k for row in history for k in row}
@@ -204,13 +196,12 @@ def test_a_basic_multirun_runs_every_job_and_reports_a_failed_one(small, capsys,
             raise RuntimeError("planted")
         return true(cfg, *rest)
 
-    monkeypatch.setattr(running, "_fit_and_test", fails_once)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as planted, pytest.raises(SystemExit) as stop:
+        planted.setattr(running, "_fit_and_test", fails_once)
         command.main(arguments)
     assert stop.value.code == 1
     said = capsys.readouterr()
     assert "4 runs: 3 done, 0 skipped, 1 failed" in said.out and "planted" in said.err
-    monkeypatch.undo()
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
     assert stop.value.code == 0
