@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import uuid
 import warnings
@@ -73,6 +74,7 @@ def loggers(cfg: DictConfig, folder: Path) -> list:
     """metrics.csv, and the W&B run where one is wanted; the W&B run's id is kept in the folder, so that a resumed run continues it."""
     found: list = [MetricsLog(folder)]
     if cfg.logger.wandb != "off" and pl.utilities.rank_zero_only.rank == 0:
+        os.environ.setdefault("WANDB_SILENT", "true")  # before the import: some of its remarks heed nothing else
         import wandb
 
         identity = folder / "wandb_id"

@@ -76,8 +76,8 @@ def evaluate(
         form: one form, beside the reference; default: all.
         quiet: print nothing.
     Returns:
-        ``{"run", "split", "data", "reference", "forms": {form: {"accuracy", "agreement", "different", "near_ties", "rel", "max_abs", "count"}}}``;
-        a model without forms has one entry, ``"-"``, of its accuracy and count.
+        ``{"run", "split", "data", "reference", "forms": {form: figures}}`` with the figures accuracy, agreement, different, near_ties, rel,
+        max_abs and count; a model without forms has one entry, ``"-"``, of its accuracy and count.
     Raises:
         UserError: a wrong folder, key, split, form, data set or checkpoint.
     """

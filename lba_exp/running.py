@@ -23,6 +23,7 @@ from rich.console import Console
 from lba_exp import build
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
+from lba_exp.config import trainer_schema
 from lba_exp.errors import ConfigError, RunFolderError, UserError
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
@@ -85,7 +86,7 @@ def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
     code = 1
     with _log_file(folder):
         try:
-            start_panel(OmegaConf.to_container(cfg, resolve=True), record["parameters"], console)
+            start_panel(_telling(cfg), record["parameters"], console)
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
             code = 0
         except BaseException as error:
@@ -102,6 +103,13 @@ def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
                 _end(cfg, folder, record, logs, parts, began, code)
     end_table(record, console)
     return record
+
+
+def _telling(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration without Lightning's own defaults, for the screen."""
+    plain, defaults = OmegaConf.to_container(cfg, resolve=True), trainer_schema()()
+    plain["trainer"] = {k: v for k, v in plain["trainer"].items() if v != getattr(defaults, k)}
+    return plain
 
 
 def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) -> None:

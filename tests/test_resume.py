@@ -116,5 +116,5 @@ def test_an_unfinished_run_is_set_aside_by_resume_never(tmp_path, module_small):
 
 def test_a_folder_in_use_is_refused(tmp_path, module_small):
     with Claim(tmp_path / "run"):
-        code, (kind, sentence) = forked.run(tmp_path, module_small)
+        _, (kind, sentence) = forked.run(tmp_path, module_small)
     assert kind == "error" and "in use by another process" in sentence

@@ -1,4 +1,4 @@
-"""Reads an offline W&B run back from its file: records in LevelDB's log format (32 KiB blocks of crc32c, length, type, data), in protobuf."""
+"""Reads an offline W&B run back from its file: protobuf in LevelDB's log format (32 KiB blocks of crc32c, length, type, data)."""
 
 import json
 import struct

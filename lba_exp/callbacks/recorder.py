@@ -64,7 +64,9 @@ class Recorder(pl.Callback):
             self._line(trainer, metrics)
 
     def _line(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        shown = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs or '?'}", f"step {trainer.global_step}"]
+        epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        shown = [f"epoch {trainer.current_epoch + 1}{epochs}", f"step {trainer.global_step}{steps}"]
         for key, label in (("train/loss", "train loss"), ("val/loss", "val loss"), ("val/accuracy", "val accuracy")):
             if key in metrics:
                 shown.append(f"{label} {metrics[key]:.4f}")
@@ -72,7 +74,7 @@ class Recorder(pl.Callback):
         if errors:
             worst = max(errors, key=errors.get)
             shown.append(f"parity {errors[worst]:.1e} ({worst})")
-        self.console.print("  ".join(shown) + f"  {time.monotonic() - self._began:.0f} s", highlight=False)
+        self.console.print("  ".join(shown) + f"  {time.monotonic() - self._began:.0f} s", highlight=False, soft_wrap=True)
 
 
 class Efficiency(pl.Callback):

@@ -30,7 +30,7 @@ def name(cfg: DictConfig) -> str:
     if cfg.name:
         return _safe(cfg.name)
     variant = cfg.origin.experiment if cfg.origin.sweep and cfg.origin.experiment else cfg.model.name
-    neutral = NEUTRAL if cfg.origin.sweep or cfg.origin.experiment else (*NEUTRAL, "data", "data.name", "data.source")
+    neutral = NEUTRAL if group(cfg) != data_name(cfg) and not cfg.data.name else (*NEUTRAL, "data", "data.name", "data.source")
     told = []
     for override in cfg.origin.overrides:
         key = override.partition("=")[0].lstrip("+~")
