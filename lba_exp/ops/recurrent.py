@@ -182,7 +182,8 @@ class _Recurrent(torch.autograd.Function):
             reads = torch.empty_like(vs)
             advance(state, segment.decay([forward, backward]), ks, vs, qs, reads)
             segment.add(out, reads)
-        return (out[..., :-1], out[..., -1]) if with_den else (out, None)
+        # the denominator apart: what keeps it for training need not keep the numerator
+        return (out[..., :-1], out[..., -1].clone()) if with_den else (out, None)
 
     @staticmethod
     @once_differentiable
