@@ -9,6 +9,7 @@ from lba_exp.ops.blockwise import blockwise
 from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
 from lba_exp.ops.parallel import parallel
+from lba_exp.ops.precision import without_autocast
 from lba_exp.ops.recurrent import recurrent
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
@@ -38,6 +39,7 @@ class Divide(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         y, den = ctx.saved_tensors
         grad_num = grad / (den + ctx.eps)[..., None]

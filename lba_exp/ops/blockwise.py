@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from lba_exp.ops.channels import decayed, pad_tokens
-from lba_exp.ops.decays import LOWEST, compute_dtype, sums_inside
+from lba_exp.ops.decays import LOWEST, sums_inside
 from lba_exp.ops.inside import inside_scores, is_vector
+from lba_exp.ops.precision import compute_dtype
 
 
 def _cut(x: Tensor | None, length: int, size: int) -> list[Tensor | None]:

@@ -59,11 +59,6 @@ def step_log_decays(
     return own_forward, following
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any of the tensors is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def to_steps(log_decay: Tensor | None) -> Tensor | None:
     """A decay of any accepted shape as a step decay ``(B or 1, L or 1, H, X)``; None stays None."""
     if log_decay is None or log_decay.ndim == 4:

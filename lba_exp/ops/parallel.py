@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from lba_exp.ops.channels import channel_scores, halving, pad_tokens
-from lba_exp.ops.decays import LOWEST, compute_dtype, decay_mask
+from lba_exp.ops.decays import LOWEST, decay_mask
 from lba_exp.ops.inside import is_vector
+from lba_exp.ops.precision import compute_dtype
 
 
 def _channel_scores(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from lba_exp.ops.decays import LOWEST, add_steps, compute_dtype, empty_gradient
+from lba_exp.ops.decays import LOWEST, add_steps, empty_gradient
+from lba_exp.ops.precision import compute_dtype, without_autocast
 
 SEGMENT = 256  # tokens gathered at once, at most
 
@@ -187,6 +188,7 @@ class _Recurrent(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad_num, grad_den):
         q, k, v, forward, backward = ctx.saved_tensors
         weight, directions, with_den = ctx.options

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lba_exp.ops import checks
-from lba_exp.ops.decays import compute_dtype, to_steps
+from lba_exp.ops.decays import to_steps
+from lba_exp.ops.precision import compute_dtype
 from lba_exp.ops.recurrent import Decay, advance
 
 
