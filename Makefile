@@ -10,7 +10,7 @@ train: $(VENV)/.ready
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .

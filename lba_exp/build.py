@@ -77,6 +77,8 @@ def loggers(cfg: DictConfig, folder: Path) -> list:
         os.environ.setdefault("WANDB_SILENT", "true")  # before the import: some of its remarks heed nothing else
         import wandb
 
+        if wandb.run is not None:
+            raise ConfigError("a W&B run is open in this process: finish it first (wandb.finish()), or give logger=csv.")
         identity = folder / "wandb_id"
         if not identity.is_file():
             identity.write_text(uuid.uuid4().hex[:8])
@@ -115,13 +117,20 @@ class Parts:
         return [c for c in (self.efficiency, self.parity, self.recorder) if c is not None]
 
 
+def keeps_checkpoints(cfg: DictConfig) -> bool:
+    """Whether a run writes checkpoints: not in ``fast_dev_run``, nor where ``trainer.enable_checkpointing`` is false."""
+    return cfg.trainer.enable_checkpointing is not False and not cfg.trainer.fast_dev_run
+
+
 def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Trainer:
     """Lightning's Trainer; what it refuses becomes one sentence."""
-    settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer).items() if v is not None}
-    settings.setdefault("enable_model_summary", False)
-    bar = settings.setdefault("enable_progress_bar", sys.stderr.isatty())
-    callbacks = parts.callbacks() + ([RichProgressBar(leave=False)] if bar else [])
-    if settings.get("enable_checkpointing", True) and not settings.get("fast_dev_run"):
+    settings = OmegaConf.to_container(cfg.trainer)
+    if settings["enable_model_summary"] is None:
+        settings["enable_model_summary"] = False
+    if settings["enable_progress_bar"] is None:
+        settings["enable_progress_bar"] = sys.stderr.isatty()
+    callbacks = parts.callbacks() + ([RichProgressBar(leave=False)] if settings["enable_progress_bar"] else [])
+    if keeps_checkpoints(cfg):
         callbacks += checkpoint_callbacks(folder, cfg.checkpoint)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it remarks while it is built, the record says
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _check_trainer(trainer: DictConfig) -> None:
         raise ConfigError(f"trainer.precision={trainer.precision}: {unknown(str(trainer.precision), PRECISIONS, 'a precision')}")
     for name in NATURAL:
         value = trainer.get(name)
-        if isinstance(value, int) and value < (-1 if name == "max_epochs" else 1):
+        if isinstance(value, int) and value < 1 and not (name == "max_epochs" and value == -1):
             raise ConfigError(f"trainer.{name}={value} does not fit: give an integer >= 1.")
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
         raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the cosine needs an end, so give one of them.")
@@ -85,7 +86,7 @@ def _check_bounds(cfg: Any, schema: Any, prefix: str) -> None:
         names = bounds["names"].names if isinstance(bounds.get("names"), registry.Registry) else bounds.get("choices")
         if names is not None and value not in names:
             raise ConfigError(f"{key}={value}: {unknown(str(value), names, f'valid for {key}')}")
-        wrong = value != value if isinstance(value, float) else False
+        wrong = isinstance(value, float) and not math.isfinite(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             wrong |= (
                 value < bounds.get("low", value) or value > bounds.get("high", value) or ("above" in bounds and value <= bounds["above"])

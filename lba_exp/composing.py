@@ -64,24 +64,36 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     return parsed
 
 
-def options(group: str) -> dict[str, Path]:
-    """The entries of a configuration group: name -> file."""
+def options(group: str, further: Sequence[Path] = ()) -> dict[str, Path]:
+    """The entries of a configuration group: name -> file; ``further``: the user's own search path."""
     found: dict[str, Path] = {}
-    for folder in (conf_folder(), *config_roots()):
+    for folder in (conf_folder(), *further, *config_roots()):
         for path in sorted((folder / group).glob("*.yaml")):
             found.setdefault(path.stem, path)
     return found
 
 
-def check_override(override: Override) -> None:
+def search_folders(overrides: Iterable[Override]) -> list[Path]:
+    """The folders of a ``hydra.searchpath=[file://FOLDER]`` among the overrides."""
+    paths = [str(p) for o in overrides if o.key_or_group == "hydra.searchpath" for p in (o.value() or [])]
+    return [Path(p.removeprefix("file://")) for p in paths if p.startswith("file://")]
+
+
+def check_override(override: Override, further: Sequence[Path] = ()) -> None:
     """Raises ConfigError where an override names no key, no group or no option."""
     key = override.key_or_group.removeprefix("/")
+    if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+        raise ConfigError(f"{key} is not used: give folder=FOLDER for a run, or root=FOLDER for all of them.")
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return
+    if not key:
+        raise ConfigError(f"{override.input_line!r} names no key: write key=value.")
     if key in GROUPS and not override.is_delete():
-        known = options(key)
+        known = options(key, further)
         for value in _values(override):
-            if value not in (None, "null") and str(value) not in known:
+            if value in (None, "null") and key in GLOBAL_GROUPS:
+                continue
+            if str(value) not in known:
                 raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")
         return
     check_reserved(key)
@@ -89,31 +101,43 @@ def check_override(override: Override) -> None:
 
 
 def _values(override: Override) -> list:
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    if not override.is_sweep_override():
+        return [override.value()]
+    try:
+        return list(override.sweep_string_iterator())
+    except HydraException:
+        raise ConfigError(f"{override.input_line!r} is no list of values: write {override.key_or_group}=A,B,C.") from None
 
 
-def _register_schema() -> None:
+def register_schema() -> None:
+    """Makes the schema known to Hydra, under the name that conf/train.yaml uses."""
     ConfigStore.instance().store(name="run_schema", node=run_schema(), provider="lba_exp")
 
 
 def _hydra_compose(overrides: Sequence[str]) -> DictConfig:
-    _register_schema()
+    register_schema()
     paths = search_path_override(overrides)
     rest = [o for o in overrides if not o.lstrip("+").startswith("hydra.searchpath=")]
-    if GlobalHydra.instance().is_initialized():  # a notebook of the user's own Hydra program: leave theirs as it was
-        GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), job_name=CONFIG_NAME, version_base="1.3"):
-        return hydra_compose(CONFIG_NAME, overrides=[*rest, paths], return_hydra_config=True)
+    theirs = GlobalHydra.instance().hydra  # a notebook, or a program of the user's own that uses Hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), job_name=CONFIG_NAME, version_base="1.3"):
+            return hydra_compose(CONFIG_NAME, overrides=[*rest, paths], return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 def compose_raw(overrides: Sequence[str]) -> DictConfig:
     """The composed configuration with its ``hydra`` node, keys checked, values not yet; errors as one sentence."""
-    for override in parse(overrides):
-        check_override(override)
+    parsed = parse(overrides)
+    for override in parsed:
+        check_override(override, search_folders(parsed))
     try:
         return _hydra_compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"a configuration file is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
@@ -131,6 +155,8 @@ def compose(overrides: Sequence[str] = (), *, in_sweep: bool = False) -> DictCon
     Raises:
         ConfigError: one sentence that names what was wrong, what is valid, and the nearest match.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides is the text {overrides!r}: give a list, [{overrides!r}].")
     overrides = [str(o) for o in overrides]
     for override in parse(overrides):
         if override.is_sweep_override() and not in_sweep:
@@ -145,15 +171,19 @@ def finalise(cfg: DictConfig, overrides: Sequence[str], choices: dict, *, in_swe
         name = choices["sweeps"]
         raise ConfigError(f"sweeps={name} is a set of runs: add -m (lba-train -m sweeps={name}).")
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        plain.pop("hydra", None)
-        plain["origin"] = {"experiment": choices.get("experiments"), "sweep": choices.get("sweeps"), "overrides": list(overrides)}
+        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        plain = OmegaConf.to_container(own, resolve=True)
+        names = {"experiment": "experiments", "sweep": "sweeps", "debug": "debug"}
+        plain["origin"] = {k: choices.get(group) for k, group in names.items()} | {"overrides": list(overrides)}
         typed = OmegaConf.merge(OmegaConf.structured(run_schema()), plain)
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra."))
     except OmegaConfBaseException as error:
         raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
     if missing:
         raise ConfigError(f"{missing[0]} has no value: {messages.describe(missing[0], run_schema())}")
+    for key in ("resume", "init_from"):  # the run's record must mean the same from any folder
+        if typed[key] not in (None, "auto", "never"):
+            typed[key] = str(Path(typed[key]).expanduser().absolute())
     import_plugins(typed.plugins)
     check(typed)
     return typed
@@ -166,7 +196,7 @@ def import_plugins(names: Iterable[str]) -> None:
             sys.path.insert(0, str(Path.cwd()))
         try:
             import_module(name)
-        except ImportError as error:
+        except Exception as error:  # whatever a module of the user's raises
             raise ConfigError(
                 f"plugins: {name!r} cannot be imported ({error}); give modules that Python finds from the working folder."
             ) from None
@@ -178,12 +208,14 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: a key or value is wrong in any job.
     """
+    if any(o.key_or_group == "sweeps" and o.is_sweep_override() for o in parse(overrides)):
+        raise ConfigError("sweeps= takes one sweep at a time: run lba-train -m once for each.")
     cfg = compose_raw([o.input_line for o in parse(overrides) if not o.is_sweep_override()])
     lists: dict[str, list[str]] = {}
     for override in parse([f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()] + list(overrides)):
-        check_override(override)
+        check_override(override, search_folders(parse(overrides)))
         key = override.get_key_element()
-        lists[key] = [f"{key}={v}" for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.input_line]
+        lists[key] = [f"{key}={v}" for v in _values(override)] if override.is_sweep_override() else [override.input_line]
     return [list(job) for job in itertools.product(*lists.values())]
 
 

@@ -119,6 +119,7 @@ class OriginSchema:
 
     experiment: str | None = setting(None, "entry of experiments/ that was selected")
     sweep: str | None = setting(None, "entry of sweeps/ that the run belongs to")
+    debug: str | None = setting(None, "entry of conf/debug/ that was selected")
     overrides: list[str] = setting([], "what was overridden, in order")
 
 

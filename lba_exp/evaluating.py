@@ -41,8 +41,9 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
         if not any(key == c or key.startswith(c + ".") for c in CHANGEABLE):
             raise ConfigError(f"{key} is part of what was trained: an evaluation can change {', '.join(CHANGEABLE)}.")
         OmegaConf.update(stored, key, override.value(), force_add=True)
+    stored.resume, stored.init_from = "auto", None  # where the weights once came from need not be there any more
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(stored))
+        cfg = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(stored, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(messages.from_hydra(error, schema, composing.GLOBAL_GROUPS)) from None
     composing.import_plugins(cfg.plugins)

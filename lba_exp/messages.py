@@ -134,11 +134,14 @@ def from_hydra(error: Exception, schema: Any, global_groups: Iterable[str]) -> s
     key = next((c.full_key for c in causes if getattr(c, "full_key", None)), None)
     if key is None and (match := re.search(r"full_key: (\S+)", text)):
         key = match.group(1)
+    key = re.sub(r"\[\d+\]", "", key) if key else key  # an entry of a list: speak of the list
     lacks = next((g for g in global_groups if key and key.split(".")[0] == g), None)
     if lacks is None and (match := re.search(r"Key '(\w+)' (?:is )?not in", text)) and match.group(1) in global_groups:
         lacks = match.group(1)
     if lacks:
         return f"a file of {lacks}/{where} must begin with the line '# @package _global_': add it."
+    if refers := re.search(r"Interpolation key '([^']+)' not found|Environment variable '([^']+)' not found", text):
+        return f"{key or 'a value'}{where} refers to {refers.group(1) or refers.group(2)}, which does not exist."
     if key and key.split(".")[0] == "hydra":
         return f"{key}{where} is not a key of Hydra's own configuration: `lba-train --cfg hydra` lists them."
     if key:

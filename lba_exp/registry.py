@@ -33,7 +33,8 @@ class Registry:
         """Decorator that adds a constructor under ``name``; raises ConfigError where the name is taken by another object."""
 
         def add(constructor):
-            if name in self._entries and self._entries[name] is not constructor:
+            old = self._entries.get(name, constructor)
+            if isinstance(old, str) or (old.__module__, old.__qualname__) != (constructor.__module__, constructor.__qualname__):
                 raise ConfigError(f"the {self.kind} {name!r} is registered already: choose another name.")
             self._entries[name] = constructor
             return constructor

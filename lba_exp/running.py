@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -45,14 +46,18 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a mistake in configuration or data, a run folder in use or of another run, or forms that differ (``parity=strict``).
     """
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"train takes a configuration from lba_exp.compose, not {type(cfg).__name__}.")
     check(cfg)
+    quiet = quiet or rank_zero_only.rank != 0
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
     folder = naming.folder(cfg)
     if rank_zero_only.rank != 0:  # a further process of the same run: the first one holds the folder
         return _run(cfg, folder, console)
     with folders.Claim(folder) as claim:
+        folders.check_is_ours(folder)
         record = folders.read_record(folder)
-        if record is not None and record["status"] == "finished":
+        if record is not None and record["status"] == "finished" and not cfg.origin.debug:
             folders.check_same(cfg, folder)
             if cfg.resume == "never":
                 raise RunFolderError(
@@ -63,25 +68,36 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
             return record | {"already_finished": True}
         try:
             return _run(cfg, folder, console)
-        except BaseException:
-            claim.abandon()
+        except BaseException as error:
+            if isinstance(error, ConfigError) or not (folder / "config.yaml").is_file():
+                claim.abandon()
             raise
 
 
 def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    began = time.monotonic()
+    threads = torch.get_num_threads()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    try:
+        return _run_with(cfg, folder, console)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    began = time.monotonic()
     data = build.data_module(cfg)
     task = build.task(cfg, data.spec)
-    start = _starting_point(cfg, folder, console)
+    start = _starting_point(cfg, folder, task, console)
     if cfg.init_from is not None and start is None:
         _load_weights(task.model, Path(cfg.init_from).expanduser())
     parts = build.Parts(cfg, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
     if rank_zero_only.rank == 0:
-        _begin(cfg, folder)
+        _set_aside(cfg, folder, console)
     trainer.loggers = logs = build.loggers(cfg, folder)
+    if rank_zero_only.rank == 0:
+        _begin(cfg, folder)
     record = _head(cfg, folder, task, trainer)
     code = 1
     with _log_file(folder):
@@ -123,7 +139,9 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         try:
             trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError) as error:
+            if not _raised_by_lightning(error):
+                raise
             raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
         best = folder / "checkpoints" / BEST
         if best.is_file() and not trainer.fast_dev_run:
@@ -132,6 +150,8 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
             task.load_state_dict(content["state_dict"])
         else:
             record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "monitor": "none: the final weights"}
+            if build.keeps_checkpoints(cfg):  # no validation came to pass
+                trainer.save_checkpoint(best)
         trainer.test(task, datamodule=data, verbose=False)
     record["metrics"] = _metrics(rows.rows, record["best"]["step"])
     record["metrics"]["test"] = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
@@ -144,14 +164,21 @@ def _metrics(rows: list[dict[str, Any]], step: int) -> dict[str, dict[str, float
     return {s: {k.removeprefix(p): v for k, v in row.items() if k.startswith(p) and k != "train/step_loss"} for s, p in splits.items()}
 
 
-def _starting_point(cfg: DictConfig, folder: Path, console: Console) -> Path | None:
+def _set_aside(cfg: DictConfig, folder: Path, console: Console) -> None:
+    """Where a run starts anew in a folder that holds one, that one is kept beside it."""
+    if (cfg.resume == "never" or cfg.origin.debug) and (folder / "config.yaml").is_file():
+        console.print(f"The run that was here is kept in {folders.set_aside(folder)}.", highlight=False, soft_wrap=True)
+
+
+def _starting_point(cfg: DictConfig, folder: Path, task: torch.nn.Module, console: Console) -> Path | None:
     """The checkpoint to go on from; None: from the start."""
-    if cfg.resume == "never":
-        if rank_zero_only.rank == 0 and (folder / "config.yaml").is_file():
-            console.print(f"The unfinished run that was here is kept in {folders.set_aside(folder)}.", highlight=False)
+    if cfg.resume == "never" or cfg.origin.debug:
         return None
     if cfg.resume != "auto":
-        return Path(cfg.resume).expanduser().absolute()
+        if (folder / "config.yaml").is_file():
+            folders.check_same(cfg, folder)
+        _check_weights(task.state_dict(), load_checkpoint(Path(cfg.resume))["state_dict"], f"resume={cfg.resume}")
+        return Path(cfg.resume)
     if not (folder / "config.yaml").is_file():
         return None
     folders.check_same(cfg, folder)
@@ -164,12 +191,15 @@ def _starting_point(cfg: DictConfig, folder: Path, console: Console) -> Path | N
 
 
 def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    state = {k.removeprefix("model."): v for k, v in load_checkpoint(path).get("state_dict", {}).items() if k.startswith("model.")}
-    own = model.state_dict()
-    wrong = sorted({*state} ^ {*own}) or [k for k in own if own[k].shape != state[k].shape]
-    if wrong:
-        raise ConfigError(f"init_from={path} holds another model: {wrong[0]} is missing there or here, or has another shape.")
+    state = {k.removeprefix("model."): v for k, v in load_checkpoint(path)["state_dict"].items() if k.startswith("model.")}
+    _check_weights(model.state_dict(), state, f"init_from={path}")
     model.load_state_dict(state)
+
+
+def _check_weights(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], source: str) -> None:
+    wrong = sorted({*theirs} ^ {*own}) or [k for k in own if own[k].shape != theirs[k].shape]
+    if wrong:
+        raise ConfigError(f"{source} holds another model: {wrong[0]} is missing there or here, or has another shape.")
 
 
 def _begin(cfg: DictConfig, folder: Path) -> None:
@@ -215,7 +245,7 @@ def _end(cfg, folder, record, logs, parts, began, code) -> None:
 def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -> None:
     """Closes the W&B run with the exit code, whatever happened: an open one would take the next run's numbers."""
     wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None:
+    if wandb is None or wandb.run is None or not any(isinstance(log, WandbLogger) for log in logs):
         return
     try:
         for key, value in record.get("metrics", {}).get("test", {}).items():
@@ -245,6 +275,12 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether an error came out of Lightning's own code: then it is about how the Trainer was set up."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.sep}lightning{os.sep}" in frames[-1].filename
+
+
 def _sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
@@ -256,7 +292,14 @@ def _log_file(folder: Path):
     """Everything that is logged or warned of goes to train.log in the run folder; Lightning's own remarks go there only."""
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    names = ("lightning", "lightning.pytorch", "lightning.fabric", "lba_exp", "py.warnings")
+    names = ("lightning", "lightning.pytorch", "lightning.fabric", "lba_exp")
+    shown = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        logger.warning("%s", message)
+        shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
     saved = []
     for name in names:
         log = logging.getLogger(name)
@@ -266,6 +309,7 @@ def _log_file(folder: Path):
     try:
         yield
     finally:
+        warnings.showwarning = shown
         for log, handlers, level, propagate in saved:
             log.handlers, log.propagate = handlers, propagate
             log.setLevel(level)

@@ -45,8 +45,8 @@ MISTAKES = {
     ("sweeps=digits",): ("sweeps=digits", "-m"),
     ("seed=1,2",): ("seed=1,2", "-m"),
     ("seed",): ("seed", "key=value"),
-    ("resume=nowhere.ckpt",): ("resume=nowhere.ckpt", "auto, never"),
-    ("init_from=nowhere.ckpt",): ("init_from=nowhere.ckpt", "checkpoint"),
+    ("resume=nowhere.ckpt",): ("nowhere.ckpt is no file", "auto, never"),
+    ("init_from=nowhere.ckpt",): ("nowhere.ckpt is no file", "checkpoint"),
     ("plugins=[no_such_module]",): ("no_such_module", "working folder"),
     ("origin.sweep=x",): ("origin.sweep", "cannot be set"),
     ("model.name.x=3",): ("model.name", "has no x"),
@@ -58,6 +58,19 @@ MISTAKES = {
     ("-m", "model=lion_s,lion_t"): ("lion_t", "did you mean lion_"),
     ("-m", "seed=1,2", "trainer.devices=2"): ("trainer.devices=2", "-m"),
     ("--config-dir", "nowhere"): ("nowhere", "folder"),
+    ("--config-name", "nix"): ("--config-name", "--config-dir"),
+    ("hydra.run.dir=here",): ("hydra.run.dir", "folder="),
+    ("model=null",): ("model=None", "Valid"),
+    ("=3",): ("names no key",),
+    ("-m", "seed=interval(0,3)"): ("seed=interval(0,3)", "seed=A,B,C"),
+    ("-m", "sweeps=digits,digits_search"): ("one sweep at a time",),
+    ("-m", "trainer.devices=1,2"): ("trainer.devices=2", "-m"),
+    ("-m", "model.heads=4,5", "seed=0,1"): ("model.heads=5", "does not divide"),
+    ("optim.betas=[0.9,x]",): ("optim.betas", "a list"),
+    ("optim.lr=${optim.foo}",): ("optim.foo",),
+    ("optim.lr=inf",): ("optim.lr=inf", "> 0"),
+    ("trainer.max_epochs=0",): ("trainer.max_epochs=0", ">= 1"),
+    ("seed=1", "--config-dir", "nowhere"): ("nowhere", "folder"),
 }
 
 
@@ -150,7 +163,34 @@ def test_the_working_folder_comes_before_the_package():
     assert composing.compose(["experiments=digits_lion_s"]).seed == 77
 
 
-def test_a_plugin_adds_names():
+def test_flags_may_stand_after_overrides(capsys):
+    write(Path("mine/model/mine.yaml"), "name: mine\n")
+    for arguments in (
+        ["model=mine", "--config-dir", "mine", "--cfg", "hydra"],
+        ["hydra.searchpath=[file://mine]", "model=mine", "experiments=digits_lion_s", "--info", "searchpath"],
+        ["--info"],
+        ["seed=3", "--cfg", "job"],
+    ):
+        try:
+            command.main(arguments)
+        except SystemExit as stop:
+            assert not stop.code, capsys.readouterr().err
+        assert capsys.readouterr().out
+
+
+def test_a_users_hydra_is_left_as_it_was():
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    write(Path("theirs/config.yaml"), "a: 1\n")
+    with initialize_config_dir(str(Path("theirs").absolute()), version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        composing.compose([])
+        assert GlobalHydra.instance().hydra is before
+
+
+def test_a_plugin_adds_names(monkeypatch):
+    monkeypatch.setattr(registry.GATES, "_entries", dict(registry.GATES._entries))
     write(Path("plug_for_test.py"), "from lba_exp.registry import GATES\n@GATES.register('plugged')\nclass Gate: ...\n")
     assert composing.compose(["plugins=[plug_for_test]", "model.mixer.gate=plugged"]).model.mixer.gate == "plugged"
     with pytest.raises(ConfigError, match="plugged"):

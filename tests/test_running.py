@@ -12,7 +12,7 @@ import lba_exp
 from lba_exp import ops, running
 from lba_exp.commands import evaluate as eval_command
 from lba_exp.commands import train as command
-from lba_exp.errors import DataError, ParityError
+from lba_exp.errors import ConfigError, DataError, ParityError, RunFolderError, UserError
 from lba_exp.results.metrics_log import read_rows
 from tests import wandb_file
 
@@ -209,11 +209,84 @@ def test_a_basic_multirun_runs_every_job_and_reports_a_failed_one(small, capsys,
     assert len(list(Path("out/digits").glob("*/seed*/result.json"))) == 4
 
 
+def test_peak_memory_is_each_runs_own(small):
+    large = lba_exp.train(lba_exp.compose([*small, "model.width=256", "name=large", "trainer.max_epochs=1"]), quiet=True)
+    little = lba_exp.train(lba_exp.compose([*small, "name=little", "trainer.max_epochs=1"]), quiet=True)
+    assert little["efficiency"]["peak_memory_bytes"] < large["efficiency"]["peak_memory_bytes"]
+
+
+def test_a_run_without_a_validation_keeps_its_final_weights(small):
+    record = lba_exp.train(lba_exp.compose([*small, "trainer.max_steps=3"]), quiet=True)
+    assert record["best"]["monitor"].startswith("none")
+    assert lba_exp.evaluate(record["folder"], quiet=True)["forms"]["parallel"]["accuracy"] == pytest.approx(
+        record["metrics"]["test"]["accuracy"], abs=1e-6
+    )
+
+
+def test_a_run_goes_on_from_a_given_checkpoint(small, finished):
+    start = finished[0] / "checkpoints" / "last.ckpt"
+    overrides = [o for o in small if "max_epochs" not in o] + ["trainer.max_epochs=3", f"resume={start}", "folder=run"]
+    assert lba_exp.train(lba_exp.compose(overrides), quiet=True)["status"] == "finished"
+    assert read_rows(Path("run/metrics.csv"))[0]["step"] > 10
+
+
+def test_a_wrong_starting_point_leaves_no_folder(small, finished):
+    torch.save({"a": 1}, "other.pt")
+    Path("text.ckpt").write_text("no checkpoint")
+    start = finished[0] / "checkpoints" / "last.ckpt"
+    for override in (["resume=other.pt"], ["resume=text.ckpt"], [f"resume={start}", "model.width=32"], ["init_from=other.pt"]):
+        with pytest.raises(UserError):
+            lba_exp.train(lba_exp.compose([*small, *override, "folder=run"]), quiet=True)
+        assert not Path("run").exists()
+
+
+def test_what_lightning_refuses_leaves_no_folder(small, finished):
+    for override in (["trainer.devices=0"], ["trainer.val_check_interval=100"], ["trainer.limit_val_batches=0.01"]):
+        with pytest.raises(ConfigError, match="trainer"):
+            lba_exp.train(lba_exp.compose([*small, *override, "folder=run"]), quiet=True)
+        assert not Path("run").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(small):
+    for name, text in {"result.json": "{}", "metrics.csv": "a,b\n1,x\n", "config.yaml": "a: 1\n", "notes.txt": "mine"}.items():
+        Path("mine").mkdir(exist_ok=True)
+        (Path("mine") / name).write_text(text)
+        for resume in ("auto", "never"):
+            with pytest.raises(RunFolderError):
+                lba_exp.train(lba_exp.compose([*small, "folder=mine", f"resume={resume}"]), quiet=True)
+        assert {p.name: p.read_text() for p in Path("mine").iterdir() if p.name != ".lock"} == {name: text}
+        (Path("mine") / name).unlink()
+
+
+def test_a_debug_run_is_run_each_time(small):
+    overrides = [*small, "debug=fast_dev_run"]
+    first, second = (lba_exp.train(lba_exp.compose(overrides), quiet=True) for _ in range(2))
+    assert "already_finished" not in second and "/debug/" in first["folder"]
+
+
+def test_a_wandb_run_of_the_users_own_is_left_alone(small):
+    import wandb
+
+    with wandb.init(mode="offline", dir=".", settings=wandb.Settings(silent=True, console="off")) as run:
+        lba_exp.train(lba_exp.compose([*small, "trainer.max_epochs=1"]), quiet=True)
+        assert wandb.run is run
+        with pytest.raises(ConfigError, match="W&B"):
+            lba_exp.train(lba_exp.compose([*small, "logger=wandb_offline", "folder=run"]), quiet=True)
+
+
+def test_warnings_reach_the_log_and_threads_are_given_back(small, planted):
+    threads = torch.get_num_threads()
+    with pytest.warns(UserWarning, match="recurrent"):
+        record = lba_exp.train(lba_exp.compose([*small, "trainer.max_epochs=1"]), quiet=True)
+    assert "recurrent" in (Path(record["folder"]) / "train.log").read_text()
+    assert torch.get_num_threads() == threads
+
+
 def test_weights_can_start_another_run(small, finished):
     best = finished[0] / "checkpoints" / "best.ckpt"
     record = lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "optim.lr=1e-9", "trainer.max_epochs=1"]), quiet=True)
     assert record["metrics"]["test"]["accuracy"] == pytest.approx(finished[1]["metrics"]["test"]["accuracy"], abs=0.01)
-    with pytest.raises(lba_exp.errors.ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match="another model"):
         lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "model.width=32"]), quiet=True)
 
 

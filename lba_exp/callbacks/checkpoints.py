@@ -70,11 +70,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is missing, cut short, or no checkpoint.
     """
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         if not zipfile.is_zipfile(path):
             raise ValueError("the file is cut short or of another kind")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"the checkpoint {path} does not exist.") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
+            raise ValueError("it is no checkpoint of a run")
+        return content
     except Exception as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(f"the checkpoint {path} cannot be read ({reason}).") from None

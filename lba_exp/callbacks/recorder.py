@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -88,6 +91,8 @@ class Efficiency(pl.Callback):
         self.train_seconds = 0.0
         self.tokens = 0
         self.steps = 0
+        self.peak: int | None = None
+        self.method = "not available"
         self._clock: float | None = None
         self._first = True
 
@@ -98,11 +103,17 @@ class Efficiency(pl.Callback):
         self.train_seconds, self.tokens, self.steps = state["train_seconds"], state["tokens"], state["steps"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        reset_peak(trainer.strategy.root_device)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._see_peak(trainer)
+
+    def _see_peak(self, trainer: pl.Trainer) -> None:
+        peak, self.method = read_peak(trainer.strategy.root_device)
+        self.peak = peak if self.peak is None or peak is None else max(self.peak, peak)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._start(trainer)
+        self._start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop(trainer)
@@ -114,15 +125,17 @@ class Efficiency(pl.Callback):
             mask = batch.get("padding_mask")
             self.tokens += int(inputs.shape[0] * inputs.shape[1] if mask is None else mask.sum()) * trainer.world_size
             self.steps += 1
-        self._start(trainer)
+        self._start()
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._clock = None
+        self._see_peak(trainer)  # what validation and its parity checks need is not what training needs
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._start(trainer)
+        reset_peak(trainer.strategy.root_device)
+        self._start()
 
-    def _start(self, trainer: pl.Trainer) -> None:
+    def _start(self) -> None:
         self._clock = time.perf_counter()
 
     def _stop(self, trainer: pl.Trainer) -> None:
@@ -141,25 +154,35 @@ class Efficiency(pl.Callback):
 
     def record(self) -> dict[str, Any]:
         """tokens_per_second, batch_ms (mean time of a training batch), train_seconds, peak_memory_bytes and how it was measured."""
-        peak, method = peak_memory()
         timed = self.steps > 0 and self.train_seconds > 0
         return {
             "tokens_per_second": self.tokens / self.train_seconds if timed else None,
             "step_ms": 1000 * self.train_seconds / self.steps if timed else None,
             "train_seconds": self.train_seconds,
-            "peak_memory_bytes": peak,
-            "peak_memory_method": method,
+            "peak_memory_bytes": self.peak,
+            "peak_memory_method": self.method,
         }
 
 
-def peak_memory() -> tuple[int | None, str]:
-    """Peak memory of this process so far in bytes, and how it was measured: CUDA's allocator, else the process's resident set."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated(), "cuda allocator, peak since training began"
+def reset_peak(device: torch.device) -> None:
+    """Starts the measurement of peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the process's peak resident set becomes its present one
+
+
+def read_peak(device: torch.device) -> tuple[int | None, str]:
+    """Peak memory in bytes since the last reset, and how it was measured; None where it cannot be had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda allocator, while training"
     try:
-        import resource
-        import sys
-    except ImportError:  # no such module on Windows
+        with open("/proc/self/clear_refs", "a"):  # may not be reset: the figure would be the process's maximum ever
+            status = Path("/proc/self/status").read_text()
+    except OSError:
         return None, "not available"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak resident set of the process, libraries included"
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return (
+        (int(peak.group(1)) * 1024, "resident set of the process while training, libraries included") if peak else (None, "not available")
+    )

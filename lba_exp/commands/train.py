@@ -30,8 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = get_args_parser().parse_args(arguments)
     if args.help or args.hydra_help or args.shell_completion or args.info:
-        return _hydra(arguments)
+        return _hydra(arguments, args.overrides)
     try:
+        if args.config_name is not None or args.config_path is not None:
+            raise ConfigError(
+                "--config-name and --config-path are not for lba-train: give --config-dir FOLDER, or put files into experiments/."
+            )
         overrides = _with_config_dir(args.overrides, args.config_dir)
         if args.multirun:
             jobs = composing.check_sweep(overrides)
@@ -39,15 +43,15 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             cfg = composing.compose(overrides)
             if args.cfg == "job":
-                print(OmegaConf.to_yaml(cfg), end="")
+                print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
                 return None
     except UserError as error:
         fail(COMMAND, str(error))
         sys.exit(1)
     if args.cfg:
-        return _hydra(arguments)
+        return _hydra(arguments, args.overrides)
     _outcomes.clear()
-    _hydra(arguments)
+    _hydra(arguments, args.overrides)
     if args.multirun:
         _summary()
     sys.exit(1 if any(status == "failed" for _, status, _ in _outcomes) else 0)
@@ -62,21 +66,31 @@ def _with_config_dir(overrides: list[str], folder: str | None) -> list[str]:
 
 
 def _refuse_many_devices(jobs: list[list[str]]) -> None:
-    cfg = composing.compose([o for o in jobs[0] if not o.startswith("hydra.")], in_sweep=True)
-    if cfg.trainer.devices not in (1, "1", "auto") or cfg.trainer.num_nodes > 1:
-        raise ConfigError(
-            f"-m with trainer.devices={cfg.trainer.devices} is not safe: each process of a run would start the sweep again; "
-            "run the jobs one by one without -m, or give trainer.devices=1."
-        )
+    seen = set()
+    for job in jobs:
+        parts = tuple(o for o in job if o.split("=")[0].lstrip("+").split(".")[0] in ("trainer", "experiments", "sweeps", "debug"))
+        if parts in seen:
+            continue
+        seen.add(parts)
+        trainer = composing.compose([o for o in job if not o.startswith("hydra.")], in_sweep=True).trainer
+        devices = len(trainer.devices) if OmegaConf.is_list(trainer.devices) else trainer.devices
+        if (devices not in (1, "1") and not (devices == "auto" and trainer.accelerator == "cpu")) or trainer.num_nodes > 1:
+            raise ConfigError(
+                f"-m with trainer.devices={trainer.devices} is not safe: each process of a run would start the sweep again; "
+                "run the jobs one by one without -m, or give trainer.devices=1."
+            )
 
 
-def _hydra(arguments: list[str]) -> None:
-    """Hands over to Hydra: it lists, completes, composes and launches."""
-    composing._register_schema()
-    overrides = [a for a in arguments if not a.startswith("-")]
-    if not any(a.startswith("hydra.searchpath=") for a in arguments):
-        arguments = [*arguments, composing.search_path_override(overrides if all("=" in o for o in overrides) else [])]
-    saved, sys.argv = sys.argv, [sys.argv[0], *arguments]
+def _hydra(arguments: list[str], overrides: list[str]) -> None:
+    """Hands over to Hydra: it lists, completes, composes and launches.
+
+    The search path stands beside the other overrides: argparse takes them from one place of the command line only.
+    """
+    composing.register_schema()
+    path = composing.search_path_override(o for o in overrides if "=" in o)
+    arguments = [a for a in arguments if not a.lstrip("+").startswith("hydra.searchpath=")]
+    first = next((arguments.index(o) for o in overrides if o in arguments), 0)
+    saved, sys.argv = sys.argv, [sys.argv[0], *arguments[:first], path, *arguments[first:]]
     try:
         hydra.main(config_path=str(composing.conf_folder()), config_name=composing.CONFIG_NAME, version_base="1.3")(job)()
     finally:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from lba_exp.errors import RunFolderError
@@ -36,9 +38,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"{path} is not a run's record ({error}): move it away to run anew.") from None
+        record = json.loads(path.read_text("utf-8"))
+        return record | {"status": record["status"]}
+    except (ValueError, TypeError, KeyError):
+        raise RunFolderError(f"{path} is not a run's record: give another folder= or name=.") from None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -65,7 +68,19 @@ def read_config(folder: Path) -> DictConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise RunFolderError(f"{folder} is no run folder: it has no config.yaml.")
-    return OmegaConf.load(path)
+    try:
+        cfg = OmegaConf.load(path)
+        if "origin" in cfg and "model" in cfg:
+            return cfg
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, OSError):
+        pass
+    raise RunFolderError(f"{path} is not a run's configuration: give another folder= or name=.")
+
+
+def check_is_ours(folder: Path) -> None:
+    """Raises RunFolderError where a folder holds something, and that is no run."""
+    if any(p.name not in (".lock", "wandb_id") for p in folder.iterdir()):
+        read_config(folder)
 
 
 class Claim:
@@ -77,7 +92,10 @@ class Claim:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._new = [p for p in (folder, *folder.parents) if not p.exists()]
+        try:
+            self._new = [p for p in (folder, *folder.parents) if not p.exists()]
+        except OSError as error:
+            raise RunFolderError(f"the run folder {folder} cannot be used ({error.strerror}): give another root= or folder=.") from None
 
     def __enter__(self) -> Claim:
         if self.folder in _held:
@@ -101,11 +119,11 @@ class Claim:
         os.close(_held.pop(self.folder))
 
     def abandon(self) -> None:
-        """Removes what this claim made, where nothing else was put there: a run that never began leaves no folder."""
-        if not self._new or [p.name for p in self.folder.iterdir()] != [".lock"]:
+        """Removes the folder where this claim made it: a run that never began leaves none."""
+        if not self._new:
             return
-        (self.folder / ".lock").unlink()
-        for path in self._new:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self._new[1:]:
             try:
                 path.rmdir()
             except OSError:

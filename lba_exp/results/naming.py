@@ -48,7 +48,8 @@ def _safe(text: str) -> str:
 
 def folder(cfg: DictConfig) -> Path:
     """The run's folder: ``folder=``, or ``root/group/name/seedN``, absolute."""
-    path = Path(cfg.folder) if cfg.folder else Path(cfg.root) / _safe(group(cfg)) / name(cfg) / f"seed{cfg.seed}"
+    root = Path(cfg.root) / "debug" if cfg.origin.debug else Path(cfg.root)
+    path = Path(cfg.folder) if cfg.folder else root / _safe(group(cfg)) / name(cfg) / f"seed{cfg.seed}"
     return path.expanduser().absolute()
 
 
