@@ -8,6 +8,7 @@ from lba_exp.ops import checks
 from lba_exp.ops.blockwise import blockwise
 from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
+from lba_exp.ops.inside import is_vector
 from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import without_autocast
 from lba_exp.ops.recurrent import recurrent
@@ -19,12 +20,28 @@ DIRECTIONS = {"both": ("forward", "backward"), "forward": ("forward",), "backwar
 # looked up at each call: a test can put a faulty form in place of one
 _IMPLEMENTATIONS = {"parallel": parallel, "recurrent": recurrent, "chunkwise": chunkwise, "blockwise": blockwise}
 
-PARALLEL_UP_TO = 256  # tokens; measured, see choose_form
+# measured, see choose_form
+PARALLEL_UP_TO = 192
+PARALLEL_UP_TO_VECTOR = 128
 
 
-def choose_form(length: int) -> str:
-    """The form that ``form="auto"`` stands for: ``parallel`` up to 256 tokens, ``chunkwise`` above."""
-    return "parallel" if length <= PARALLEL_UP_TO else "chunkwise"
+def choose_form(length: int, vector: bool = False) -> str:
+    """The form that ``form="auto"`` stands for: ``parallel`` up to 192 tokens, or 128 with a decay per channel, ``chunkwise`` above.
+
+    Measured on a CPU (AVX2, float32, chunk 64), forward alone and with backward. The lengths from which chunkwise is the faster:
+
+    =======================  ================  =================
+    decay                    B=1, H=4, D=64    B=16, H=4, D=32
+    =======================  ================  =================
+    none                     400 to 450        about 220
+    fixed                    270 to 300        190 to 250
+    selective                300 to 330        130 to 180
+    selective, per channel   64 to 250         64 to 190
+    =======================  ================  =================
+
+    ``recurrent`` and ``blockwise`` are never the fastest. Other devices follow the same rule until they are measured.
+    """
+    return "parallel" if length <= (PARALLEL_UP_TO_VECTOR if vector else PARALLEL_UP_TO) else "chunkwise"
 
 
 class Divide(torch.autograd.Function):
@@ -78,7 +95,8 @@ def run_form(
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
     if form == "auto":
-        form = choose_form(q.shape[1])
+        steps = (forward_log_decay, backward_log_decay)
+        form = choose_form(q.shape[1], is_vector(*map(to_steps, steps)))
     if form == "fused":
         raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
     with torch.autocast(device_type=q.device.type, enabled=False):
@@ -197,18 +215,19 @@ def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: in
     """A rough upper estimate of the memory, in bytes, that a form's forward pass takes beside its inputs and its output.
 
     ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
-    plan to the byte: "parallel" counts six L x L matrices per head (scores, decays and their parts), the others copies of the inputs and
-    the states that they keep.
+    plan to the byte. "parallel" counts six L x L matrices per head (scores, decays and their parts); the others the numerator, "chunkwise"
+    the states of both directions at every chunk of 64, and what they work on at a time.
     """
     checks.choice("form", form, FORMS)
     form = choose_form(length) if form == "auto" else form
     item = max(4, itemsize)
-    rows, sequence = batch * heads, batch * length * heads * (2 * key_width + 2 * value_width)
-    state = rows * key_width * (value_width + 1)
+    rows, width = batch * heads, key_width + value_width
+    numerator, state = rows * length * (value_width + 1), rows * key_width * (value_width + 1)
     if form == "parallel":
-        return item * (6 * rows * length * length + sequence)
+        return item * (6 * rows * length * length + 2 * rows * length * width)
     if form == "recurrent":
-        return item * (sequence + 4 * state + 8 * rows * min(length, 256) * (2 * key_width + 2 * value_width))
+        return item * (numerator + 4 * state + 12 * rows * min(length, 256) * width)
     if form == "blockwise":
-        return item * (sequence + 8 * rows * 64 * max(64, key_width, value_width))
-    return item * (sequence + 6 * state * -(-length // 64) + 2**22)
+        return item * (2 * numerator + rows * length * width + 8 * rows * 64 * max(64, width))
+    chunks = -(-length // 64)
+    return item * (numerator + (2 * state * chunks if chunks > 1 else 0) + 16 * min(2**19, rows * length * max(64, width)))

@@ -43,22 +43,22 @@ def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
     if missing:
         own, total = pad(own, (0, 0, 0, missing)), pad(total, (0, missing))
     grouped, total = own.unflatten(3, (groups, size)), total.unflatten(3, (groups, size))
-    # decays to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
-    borders = pad(total.flip(-1) if reverse else total, (1, 0))
-    decays = between(borders, size + 1, own.dtype).tril().exp().tril()
-    inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
-    if reverse:
-        inner, whole, carry = inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)
     step = groups
     if not torch.compiler.is_compiling():
         step = max(1, SLICE_ELEMENTS * groups // own.numel())
-    sums = []
+    sums, carries = [], []
     for first in range(0, groups, step):
-        part = grouped[:, :, :, first : first + step]
+        part, steps = grouped[:, :, :, first : first + step], total[:, :, :, first : first + step]
+        # decays to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
+        decays = between(pad(steps.flip(-1) if reverse else steps, (1, 0)), size + 1, own.dtype).tril().exp().tril()
+        inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
+        if reverse:
+            inner, whole, carry = inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)
         if groups > 1:
-            sums.append((whole[:, :, :, first : first + step] @ part)[..., 0, :])
-        part.copy_(inner[:, :, :, first : first + step] @ part)
+            sums.append((whole @ part)[..., 0, :])
+            carries.append(carry.clone())
+        part.copy_(inner @ part)
     if groups > 1:
         entering = _scan(torch.cat(sums, dim=3), total.sum(-1).clamp_min(LOWEST), reverse)
-        grouped.addcmul_(carry, entering[..., None, :])
+        grouped.addcmul_(torch.cat(carries, dim=3), entering[..., None, :])
     return own[:, :, :, :count]
