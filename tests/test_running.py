@@ -117,7 +117,7 @@ def test_strict_parity_ends_a_run_with_a_planted_bug(small, planted, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([*small, "parity=strict", "folder=run"])
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.count("\n") == 1
+    assert stop.value.code == 1 and said.count("\n") == 1, said
     assert "recurrent" in said
     stored = json.loads(Path("run/result.json").read_text())
     assert stored["status"] == "failed" and "recurrent" in stored["error"]
