@@ -8,7 +8,6 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["NO_COLOR"] = "1"
 
-import lightning.pytorch  # noqa: F401  its log handler keeps the stderr of its import: not that of a single test
 import pytest
 
 SMALL = [

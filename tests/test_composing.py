@@ -1,5 +1,6 @@
 """Configuration: what is valid composes, a mistake is one sentence that names the key, what is valid, and the nearest match."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -163,6 +164,17 @@ def test_the_working_folder_comes_before_the_package():
     assert composing.compose(["experiments=digits_lion_s"]).seed == 77
 
 
+@pytest.fixture
+def _logging_as_before():
+    """Hydra's --info logs to the stdout of the moment, for good."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("_logging_as_before")
 def test_flags_may_stand_after_overrides(capsys):
     write(Path("mine/model/mine.yaml"), "name: mine\n")
     for arguments in (
