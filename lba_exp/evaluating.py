@@ -20,6 +20,7 @@ from lba_exp.config import run_schema
 from lba_exp.errors import ConfigError
 from lba_exp.results.compare import evaluate_forms
 from lba_exp.results.folder import read_config
+from lba_exp.results.naming import ONLY
 
 SPLITS = ("train", "validation", "test")
 CHANGEABLE = ("data", "model.mixer.form", "model.mixer.chunk_size", "threads", "plugins")
@@ -78,7 +79,7 @@ def evaluate(
         quiet: print nothing.
     Returns:
         ``{"run", "split", "data", "reference", "forms": {form: figures}}`` with the figures accuracy, agreement, different, near_ties, rel,
-        max_abs and count; a model without forms has one entry, ``"-"``, of its accuracy and count.
+        max_abs and count; a model without forms has one entry, ``"-"``.
     Raises:
         UserError: a wrong folder, key, split, form, data set or checkpoint.
     """
@@ -96,25 +97,11 @@ def evaluate(
         only = "" if model.forms else " Softmax attention is one form: leave form= out."
         raise ConfigError(f"form={form}: {messages.unknown(form, model.forms, 'a form of this model')}{only}")
     batches = data.split_loader(split)
-    if model.forms:
-        figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
-        reference = model.form
-    else:
-        figures, reference = {"-": _accuracy(model, batches, device)}, "-"
+    figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
+    reference = model.form if model.forms else ONLY
     result = {"run": str(folder), "split": split, "data": cfg.data.source, "reference": reference, "forms": figures}
     _show(result, Console(quiet=quiet, width=None if sys.stdout.isatty() else 110))
     return result
-
-
-@torch.no_grad()
-def _accuracy(model: torch.nn.Module, batches: Any, device: torch.device) -> dict[str, Any]:
-    count = correct = 0
-    for batch in batches:
-        mask = batch.get("padding_mask")
-        logits = model(batch["inputs"].to(device), None if mask is None else mask.to(device))
-        correct += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
-        count += len(batch["labels"])
-    return {"accuracy": correct / count, "count": count}
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

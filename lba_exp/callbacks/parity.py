@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 
 from lba_exp.callbacks import parity_measure as measure
 from lba_exp.callbacks.memory import LiveTensors
-from lba_exp.callbacks.parity_totals import FAIL, NOT_COMPARED, PASS, REFERENCE, SKIPPED, Pass, finite, judge, reduce_totals, worst
+from lba_exp.callbacks.parity_totals import FAIL, NOT_COMPARED, PASS, REFERENCE, SKIPPED, Pass, judge, reduce_totals, worst
 from lba_exp.errors import ConfigError, ParityError
 from lba_exp.results.compare import run_form, undisturbed
+from lba_exp.results.folder import finite
+from lba_exp.results.naming import ONLY
 
 MODES = ("check", "strict")
 PREFIXES = {"validation": "parity", "test": "test/parity"}
@@ -122,9 +123,9 @@ class Parity(pl.Callback):
     def record(self) -> dict[str, Any]:
         """The parity part of a run's record: plain types, None where a figure is missing or not finite.
 
-        ``applicable`` False with a ``reason``, or ``verdict`` ("pass", "fail" where any measurement of the run failed, "not compared"),
-        ``forms`` (the figures of the test, or of the last validation: ``split``), ``worst`` (the largest ``rel`` of all validations),
-        ``failed`` (which measurements failed, and the sentence), and the settings.
+        ``applicable`` False with a ``reason`` and, after a test, latency and memory of the one form; or ``verdict`` ("pass", "fail" where
+        any measurement of the run failed, "not compared"), ``forms`` (the figures of the test, or of the last validation: ``split``),
+        ``worst`` (the largest ``rel`` of all validations), ``failed`` (which measurements failed, and the sentence), and the settings.
         """
         settings = {
             "mode": self.mode,
@@ -136,7 +137,8 @@ class Parity(pl.Callback):
         if final is None:
             return {"applicable": True, "verdict": NOT_COMPARED, "forms": {}, "worst": None, "failed": [], "validations": 0, **settings}
         if not final["applicable"]:
-            return {"applicable": False, "reason": final["reason"], **settings}
+            kept = {key: final[key] for key in ("split", "precision", "memory_method", "forms") if key in final}
+            return finite({"applicable": False, "reason": final["reason"], **kept, **settings})
         entries = [*self.history, *([self.test] if self.test else [])]
         failed = [{key: e[key] for key in ("split", "step", "epoch", "sentence")} for e in entries if e["verdict"] == FAIL]
         compared = any(e["verdict"] == PASS for e in entries)
@@ -158,14 +160,14 @@ class Parity(pl.Callback):
     def _see(self, trainer, pl_module, split: str, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
         """Keep the first batch; add up every batch where the whole split is wanted."""
         model = _model(pl_module)
-        if trainer.sanity_checking or dataloader_idx != 0 or _not_applicable(model):
+        if trainer.sanity_checking or dataloader_idx != 0 or model is None:
             return
         if batch_idx == 0:
             self._passed[split] = Pass()
             if split == "test" or split not in self._batch:
                 self._peaks = {key: value for key, value in self._peaks.items() if key[0] != split}
                 self._batch[split] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-        if self.full[split]:
+        if self.full[split] and not _not_applicable(model):
             with undisturbed(model):
                 self._exclude_too_large(self._passed[split], model, batch)
                 self._add(trainer, model, self._passed[split], batch)
@@ -179,6 +181,9 @@ class Parity(pl.Callback):
             entry |= {"step": None, "epoch": None}
         if reason := _not_applicable(model):
             entry |= {"applicable": False, "reason": reason, "forms": {}, "verdict": NOT_COMPARED, "sentence": None}
+            if split == "test" and split in self._batch:
+                with undisturbed(model):
+                    entry |= self._cost(trainer, model, self._batch[split])
         elif split in self._batch:
             with undisturbed(model):
                 entry |= self._measure(trainer, model, split)
@@ -194,6 +199,14 @@ class Parity(pl.Callback):
                 raise ParityError(entry["sentence"])
             rank_zero_warn(entry["sentence"])
 
+    def _cost(self, trainer: pl.Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Latency and memory of a model without a second form: its one form is named ``"-"``, unless the model names it."""
+        context, form = trainer.precision_plugin.forward_context, getattr(model, "form", None)
+        _, latency = measure.timed_form(model, form, batch, context)
+        figures = {"latency_ms": latency, "peak_bytes": measure.forward_bytes(model, form, batch, context)}
+        method = LiveTensors(batch["inputs"].device).method
+        return {"precision": str(trainer.precision), "memory_method": method, "forms": {form or ONLY: figures}}
+
     def _measure(self, trainer: pl.Trainer, model: nn.Module, split: str) -> dict[str, Any]:
         batch, passed, reference = self._batch[split], self._passed[split], model.form
         forms, context = self._all_forms(model), trainer.precision_plugin.forward_context
@@ -205,9 +218,7 @@ class Parity(pl.Callback):
                 continue
             native[form], latency[form] = timed
             if (split, form) not in self._peaks:
-                with suppress(Exception), LiveTensors(batch["inputs"].device) as memory, context():  # it ran just now: no figure, then
-                    run_form(model, form, batch)
-                self._peaks[split, form] = memory.bytes
+                self._peaks[split, form] = measure.forward_bytes(model, form, batch, context)
         if not self.full[split]:
             self._add(trainer, model, passed, batch, native)
         shapes = self._layer_shapes(model, batch)

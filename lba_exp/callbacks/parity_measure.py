@@ -7,13 +7,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lba_exp import ops
+from lba_exp.callbacks.memory import LiveTensors
 from lba_exp.results.compare import run_form
 
 OPERATOR_SCORES = 2**25  # at most so many scores per layer in float64 (256 MiB), which decides on how many samples the operator is judged
@@ -179,7 +180,7 @@ def _as_float64(operands: Mapping[str, Any]) -> dict[str, Any]:
 
 def timed_form(
     model: nn.Module,
-    form: str,
+    form: str | None,
     batch: Mapping[str, Any],
     context: Callable[[], AbstractContextManager],
     *,
@@ -189,6 +190,7 @@ def timed_form(
     """Logits in one form, and the median milliseconds of a forward pass; the first pass warms up and counts only if it is the only one.
 
     Args:
+        form: None for a model that has no forms.
         context: makes the context of the run's precision.
         repeats: passes at most.
         seconds: no further pass is started after so long.
@@ -203,6 +205,15 @@ def timed_form(
         _synchronise(device)
         times.append(time.perf_counter() - start)
     return logits, 1000 * statistics.median(times[1:] or times)
+
+
+def forward_bytes(
+    model: nn.Module, form: str | None, batch: Mapping[str, Any], context: Callable[[], AbstractContextManager]
+) -> int | None:
+    """Peak memory of a forward pass in one form, in bytes; None where it cannot be had. Arguments as in ``timed_form``."""
+    with suppress(Exception), LiveTensors(batch["inputs"].device) as memory, context():
+        run_form(model, form, batch)
+    return memory.bytes
 
 
 def _synchronise(device: torch.device) -> None:

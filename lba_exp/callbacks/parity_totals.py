@@ -95,12 +95,3 @@ def worst(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         if "rel" in figures and form != entry["reference"]
     ]
     return max(found, key=lambda f: f["rel"] if math.isfinite(f["rel"]) else math.inf, default=None)
-
-
-def finite(value: Any) -> Any:
-    """The same structure with None for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

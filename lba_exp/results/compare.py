@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lba_exp.results.naming import ONLY
+
 IGNORED_LABEL = -100  # positions with this label do not count, as in torch's cross entropy
 
 
@@ -110,13 +112,15 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
     )
 
 
-def run_form(model: nn.Module, form: str, batch: Mapping[str, Any]) -> Tensor:
-    """The logits of ``batch`` in one form; the model's form is as before afterwards.
+def run_form(model: nn.Module, form: str | None, batch: Mapping[str, Any]) -> Tensor:
+    """The logits of ``batch`` in one form (None: as the model is); the model's form is as before afterwards.
 
     Args:
         model: ``model(inputs, padding_mask) -> logits``, with ``set_form(form) -> previous form``.
         batch: ``inputs``, and ``padding_mask`` where there is one, on the model's device.
     """
+    if form is None:
+        return model(batch["inputs"], batch.get("padding_mask"))
     previous = model.set_form(form)
     try:
         return model(batch["inputs"], batch.get("padding_mask"))
@@ -164,15 +168,18 @@ def evaluate_forms(
         tolerance: decides which samples are near ties, see ``compare``.
 
     Returns:
-        form -> ``accuracy``, ``agreement``, ``different``, ``near_ties``, ``rel``, ``max_abs``, ``count``; the reference form first.
+        form -> ``accuracy``, ``agreement``, ``different``, ``near_ties``, ``rel``, ``max_abs``, ``count``; the reference form first. A
+        model without forms has the one entry ``"-"``.
 
     Raises:
         ValueError: for a form that the model does not have.
     """
+    if not model.forms:
+        reference, forms = ONLY, ()
     reference = reference or model.form
     forms = tuple(model.forms if forms is None else forms)
     for form in (reference, *forms):
-        if form not in (*model.forms, model.form):
+        if form not in (*model.forms, model.form, ONLY):
             raise ValueError(f"forms: the model has no form {form!r}, it has {', '.join(model.forms)}.")
     device = device or next(model.parameters()).device
     totals = {form: Totals() for form in dict.fromkeys((reference, *forms))}
@@ -180,7 +187,7 @@ def evaluate_forms(
         for batch in batches:
             batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             with context():
-                logits = {form: run_form(model, form, batch) for form in totals}
+                logits = {form: run_form(model, None if form == ONLY else form, batch) for form in totals}
             for form in totals:
                 totals[form] += compare(logits[reference], logits[form], batch.get("labels"), tolerance=tolerance)
     return {form: total.figures() for form, total in totals.items()}

@@ -46,14 +46,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes ``result.json`` atomically; not-a-number and infinity are written as null, as JSON has no word for them."""
-    write_atomically(folder / "result.json", json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "result.json", json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same structure with None for numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return None
     return value

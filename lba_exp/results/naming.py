@@ -13,6 +13,7 @@ NEUTRAL = ("model", "seed", "name", "root", "folder", "resume", "experiments", "
 # Keys in which a run that goes on may differ from the run that was begun.
 FREE = ("root", "folder", "resume", "logger", "origin")
 LONGEST = 100
+ONLY = "-"  # in tables and records, the form of a model that has no forms
 
 
 def data_name(cfg: DictConfig) -> str:

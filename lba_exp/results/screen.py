@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from lba_exp.results.naming import ONLY
+
 VERDICT_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow", "reference": "dim"}
 
 
@@ -74,8 +76,11 @@ def _forms(record: Mapping[str, Any], parity: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("\nverdict")
     test = record.get("metrics", {}).get("test", {})
-    rows = parity.get("forms") or {record.get("form") or record.get("variant") or "": {"accuracy": test.get("accuracy")}}
+    rows = parity.get("forms") or {ONLY: {}}
+    if len(rows) == 1 and not parity.get("reference"):  # not compared with anything: the test's own accuracy
+        rows = {form: {"accuracy": test.get("accuracy"), **figures} for form, figures in rows.items()}
     for form, figures in rows.items():
+        form = (record.get("form") or record.get("variant") or "") if form == ONLY else form
         verdict = figures.get("verdict") or ""
         latency, peak = figures.get("latency_ms"), figures.get("peak_bytes")
         table.add_row(
@@ -94,7 +99,8 @@ def _forms(record: Mapping[str, Any], parity: Mapping[str, Any]) -> Table:
 def _notes(parity: Mapping[str, Any]) -> list[RenderableType]:
     """What the table's figures mean, and why a form has none."""
     if parity.get("applicable") is False:
-        return [Text(f"Parity does not apply: {parity['reason']}.", style="dim")]
+        method = f" Memory of one batch, by {parity['memory_method']}." if parity.get("memory_method") else ""
+        return [Text(f"Parity does not apply: {parity['reason']}.{method}", style="dim")]
     forms, notes = parity.get("forms") or {}, []
     measured = [figures for figures in forms.values() if "count" in figures]
     if measured:

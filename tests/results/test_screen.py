@@ -107,6 +107,9 @@ def test_without_other_forms():
     text = printed(screen.end_table, record(parity={"applicable": False, "reason": "one form only"}, form=None))
     assert "Parity does not apply: one form only." in text and "97.22%" in text
     assert "97.22%" in printed(screen.end_table, record(parity=None, form="parallel"))
+    cost = {"applicable": False, "reason": "one form only", "memory_method": "m", "forms": {"-": {"latency_ms": 12.34, "peak_bytes": 2048}}}
+    row = next(line for line in printed(screen.end_table, record(parity=cost, form=None)).splitlines() if "12.3 ms" in line)
+    assert row.split() == [record()["variant"], "97.22%", "12.3", "ms", "2.0", "KiB"]
 
 
 def test_failures_are_named():
