@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -21,11 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lba_exp import messages
 from lba_exp.checks import check, check_reserved
-from lba_exp.config import run_schema
+from lba_exp.config import command_schema, run_schema
 from lba_exp.errors import ConfigError
 
 CONFIG_NAME = "train"
 GROUPS = ("model", "data", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
+ROW_KEYS = ("origin.row", "origin.row_overrides")  # how a sweep tells a job which of its variants it is
 GLOBAL_GROUPS = ("debug", "experiments", "sweeps")  # their files need `# @package _global_`
 
 
@@ -90,17 +90,18 @@ def check_override(override: Override, further: Sequence[Path] = ()) -> None:
         raise ConfigError(f"{override.input_line!r} names no key: write key=value.")
     if key in GROUPS and not override.is_delete():
         known = options(key, further)
-        for value in _values(override):
+        for value in values(override):
             if value in (None, "null") and key in GLOBAL_GROUPS:
                 continue
             if str(value) not in known:
                 raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")
         return
     check_reserved(key)
-    messages.check_key(key, run_schema(), GROUPS)
+    messages.check_key(key, command_schema(), GROUPS)
 
 
-def _values(override: Override) -> list:
+def values(override: Override) -> list:
+    """The values that an override lists, each as text; one value as it is."""
     if not override.is_sweep_override():
         return [override.value()]
     try:
@@ -111,7 +112,7 @@ def _values(override: Override) -> list:
 
 def register_schema() -> None:
     """Makes the schema known to Hydra, under the name that conf/train.yaml uses."""
-    ConfigStore.instance().store(name="run_schema", node=run_schema(), provider="lba_exp")
+    ConfigStore.instance().store(name="run_schema", node=command_schema(), provider="lba_exp")
 
 
 def _hydra_compose(overrides: Sequence[str]) -> DictConfig:
@@ -127,15 +128,16 @@ def _hydra_compose(overrides: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = theirs
 
 
-def compose_raw(overrides: Sequence[str]) -> DictConfig:
-    """The composed configuration with its ``hydra`` node, keys checked, values not yet; errors as one sentence."""
+def compose_raw(overrides: Sequence[str], *, in_sweep: bool = False) -> DictConfig:
+    """The composed configuration with its ``hydra`` and ``sweep`` nodes, keys checked, values not yet; errors as one sentence."""
     parsed = parse(overrides)
     for override in parsed:
-        check_override(override, search_folders(parsed))
+        if not (in_sweep and override.key_or_group in ROW_KEYS):
+            check_override(override, search_folders(parsed))
     try:
         return _hydra_compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(messages.from_hydra(error, run_schema(), GLOBAL_GROUPS)) from None
+        raise ConfigError(messages.from_hydra(error, command_schema(), GLOBAL_GROUPS)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"a configuration file is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except yaml.YAMLError as error:
@@ -161,7 +163,7 @@ def compose(overrides: Sequence[str] = (), *, in_sweep: bool = False) -> DictCon
     for override in parse(overrides):
         if override.is_sweep_override() and not in_sweep:
             raise ConfigError(f"{override.input_line!r} lists several values: add -m (--multirun) to run them all.")
-    cfg = compose_raw(overrides)
+    cfg = compose_raw(overrides, in_sweep=in_sweep)
     return finalise(cfg, overrides, dict(cfg.hydra.runtime.choices), in_sweep=in_sweep)
 
 
@@ -171,10 +173,15 @@ def finalise(cfg: DictConfig, overrides: Sequence[str], choices: dict, *, in_swe
         name = choices["sweeps"]
         raise ConfigError(f"sweeps={name} is a set of runs: add -m (lba-train -m sweeps={name}).")
     try:
-        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        if not in_sweep and any(cfg.sweep.values()):
+            key = next(k for k, v in cfg.sweep.items() if v)
+            raise ConfigError(f"sweep.{key} is for a set of runs: add -m (--multirun).")
+        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "sweep")])
         plain = OmegaConf.to_container(own, resolve=True)
         names = {"experiment": "experiments", "sweep": "sweeps", "debug": "debug"}
-        plain["origin"] = {k: choices.get(group) for k, group in names.items()} | {"overrides": list(overrides)}
+        row = {k: plain["origin"][k] for k in ("row", "row_overrides")}
+        told = [o for o in overrides if o.partition("=")[0] not in ROW_KEYS]
+        plain["origin"] = {k: choices.get(group) for k, group in names.items()} | row | {"overrides": told}
         typed = OmegaConf.merge(OmegaConf.structured(run_schema()), plain)
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra."))
     except OmegaConfBaseException as error:
@@ -200,31 +207,3 @@ def import_plugins(names: Iterable[str]) -> None:
             raise ConfigError(
                 f"plugins: {name!r} cannot be imported ({error}); give modules that Python finds from the working folder."
             ) from None
-
-
-def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of a multirun: the product of the sweep file's parameters and the lists on the command line, the latter winning.
-
-    Raises:
-        ConfigError: a key or value is wrong in any job.
-    """
-    if any(o.key_or_group == "sweeps" and o.is_sweep_override() for o in parse(overrides)):
-        raise ConfigError("sweeps= takes one sweep at a time: run lba-train -m once for each.")
-    cfg = compose_raw([o.input_line for o in parse(overrides) if not o.is_sweep_override()])
-    lists: dict[str, list[str]] = {}
-    for override in parse([f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()] + list(overrides)):
-        check_override(override, search_folders(parse(overrides)))
-        key = override.get_key_element()
-        lists[key] = [f"{key}={v}" for v in _values(override)] if override.is_sweep_override() else [override.input_line]
-    return [list(job) for job in itertools.product(*lists.values())]
-
-
-def check_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of a multirun, each value of each list checked once (in a job where the other lists hold their first value)."""
-    jobs = sweep_jobs(overrides)
-    seen: set[str] = set()
-    for job in jobs:
-        if not seen.issuperset(job):
-            compose([o for o in job if not o.startswith("hydra.")], in_sweep=True)
-            seen.update(job)
-    return jobs

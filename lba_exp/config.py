@@ -120,7 +120,20 @@ class OriginSchema:
     experiment: str | None = setting(None, "entry of experiments/ that was selected")
     sweep: str | None = setting(None, "entry of sweeps/ that the run belongs to")
     debug: str | None = setting(None, "entry of conf/debug/ that was selected")
+    row: str | None = setting(None, "name of the sweep's variant (sweep.variants) that the run is")
+    row_overrides: list[str] | None = setting(None, "the overrides that this name stands for")
     overrides: list[str] = setting([], "what was overridden, in order")
+
+
+@dataclass
+class SweepSchema:
+    """What a sweep varies: set by the files of sweeps/, never part of a run's own configuration."""
+
+    grid: dict[str, Any] = setting({}, "key -> list of values; every combination of all keys is a job")
+    zip: list[Any] = setting([], "groups of keys, each with a list of values of one length, that are walked together; a group is one axis")
+    variants: dict[str, Any] = setting({}, "name of a row -> its overrides, as on the command line; the rows are one axis")
+    exclude: list[Any] = setting([], "combinations left out: key (or row) -> a value or a list of values")
+    only: list[str] = setting([], "names of the variants to run; default: all")
 
 
 # Trainer arguments that other parts of a run own, and where to set them instead.
@@ -175,8 +188,23 @@ class RunSchema:
     origin: OriginSchema = field(default_factory=OriginSchema)
 
 
+@dataclass
+class CommandSchema(RunSchema):
+    """What a command composes: a run, and beside it what a sweep varies."""
+
+    sweep: SweepSchema = field(default_factory=SweepSchema)
+
+
 def run_schema() -> RunSchema:
     """An instance with all defaults; ``trainer`` gets its type from the installed Lightning."""
-    run = RunSchema()
-    run.__dataclass_fields__["trainer"].type = trainer_schema()
-    return run
+    return _typed(RunSchema())
+
+
+def command_schema() -> CommandSchema:
+    """As ``run_schema``, with the ``sweep`` node."""
+    return _typed(CommandSchema())
+
+
+def _typed(schema: RunSchema) -> Any:
+    schema.__dataclass_fields__["trainer"].type = trainer_schema()
+    return schema

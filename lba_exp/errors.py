@@ -19,3 +19,7 @@ class ParityError(UserError):
 
 class RunFolderError(UserError):
     """A run folder that is in use, finished, or holds another run."""
+
+
+class FolderInUseError(RunFolderError):
+    """A run folder that another process holds."""

@@ -218,6 +218,7 @@ def _head(cfg, folder, task, trainer) -> dict[str, Any]:
         "data": naming.data_name(cfg),
         "experiment": cfg.origin.experiment,
         "sweep": cfg.origin.sweep,
+        "row": cfg.origin.row,
         "seed": cfg.seed,
         "folder": str(folder),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from lba_exp.errors import RunFolderError
+from lba_exp.errors import FolderInUseError, RunFolderError
 from lba_exp.results import naming
 
 _held: dict[Path, int] = {}
@@ -100,7 +100,7 @@ class Claim:
 
     def __enter__(self) -> Claim:
         if self.folder in _held:
-            raise RunFolderError(f"{self.folder} is in use by a run of this process: wait for it, or give another name= or seed=.")
+            raise FolderInUseError(f"{self.folder} is in use by a run of this process: wait for it, or give another name= or seed=.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -112,7 +112,7 @@ class Claim:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
-            raise RunFolderError(f"{self.folder} is in use by another process: wait for it, or give another name= or seed=.") from None
+            raise FolderInUseError(f"{self.folder} is in use by another process: wait for it, or give another name= or seed=.") from None
         _held[self.folder] = descriptor
         return self
 
@@ -129,6 +129,23 @@ class Claim:
                 path.rmdir()
             except OSError:
                 break
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the run in this folder."""
+    if folder in _held:
+        return True
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def check_same(cfg: DictConfig, folder: Path) -> None:

@@ -27,15 +27,16 @@ def group(cfg: DictConfig) -> str:
 
 
 def name(cfg: DictConfig) -> str:
-    """``name=``, or the variant (in a sweep of experiments, the experiment) and what was overridden."""
+    """``name=``, or the variant (in a sweep of experiments, the experiment), the sweep's row, and what else was overridden."""
     if cfg.name:
         return _safe(cfg.name)
     variant = cfg.origin.experiment if cfg.origin.sweep and cfg.origin.experiment else cfg.model.name
     neutral = NEUTRAL if group(cfg) != data_name(cfg) and not cfg.data.name else (*NEUTRAL, "data", "data.name", "data.source")
-    told = []
+    row = cfg.origin.get("row")
+    told, known = ([row] if row else []), set(cfg.origin.get("row_overrides") or ())
     for override in cfg.origin.overrides:
         key = override.partition("=")[0].lstrip("+~")
-        if not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
+        if override not in known and not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
             told.append(override.lstrip("+"))
     return _safe(",".join([variant, *told]))
 
@@ -47,11 +48,17 @@ def _safe(text: str) -> str:
     return text
 
 
+def group_folder(cfg: DictConfig) -> Path:
+    """The folder of a run's group: ``root/group``, absolute."""
+    root = Path(cfg.root) / "debug" if cfg.origin.debug else Path(cfg.root)
+    return (root / _safe(group(cfg))).expanduser().absolute()
+
+
 def folder(cfg: DictConfig) -> Path:
     """The run's folder: ``folder=``, or ``root/group/name/seedN``, absolute."""
-    root = Path(cfg.root) / "debug" if cfg.origin.debug else Path(cfg.root)
-    path = Path(cfg.folder) if cfg.folder else root / _safe(group(cfg)) / name(cfg) / f"seed{cfg.seed}"
-    return path.expanduser().absolute()
+    if cfg.folder:
+        return Path(cfg.folder).expanduser().absolute()
+    return group_folder(cfg) / name(cfg) / f"seed{cfg.seed}"
 
 
 def comparable(cfg: DictConfig | dict) -> dict[str, object]:
