@@ -180,7 +180,7 @@ def finalise(cfg: DictConfig, overrides: Sequence[str], choices: dict, *, in_swe
         plain = OmegaConf.to_container(own, resolve=True)
         names = {"experiment": "experiments", "sweep": "sweeps", "debug": "debug"}
         row = {k: plain["origin"][k] for k in ("row", "row_overrides")}
-        told = [o for o in overrides if o.partition("=")[0] not in ROW_KEYS]
+        told = [o for o in overrides if not o.lstrip("+").startswith(("hydra.", "hydra/", *ROW_KEYS))]
         plain["origin"] = {k: choices.get(group) for k, group in names.items()} | row | {"overrides": told}
         typed = OmegaConf.merge(OmegaConf.structured(run_schema()), plain)
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra."))

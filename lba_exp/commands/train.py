@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         fail(COMMAND, str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     _hydra(arguments, args.overrides, job)
     sys.exit(0)
 

@@ -91,11 +91,10 @@ def expand(node: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[Draft
     """
     axes = file_axes(node)
     excluded = _exclusions(node.get("exclude") or [])
-    of_file = _product(axes, [], [])
-    axes, fixed = _with_command_line(axes, composing.parse(overrides))
-    jobs = _product(axes, fixed, excluded)
-    everything = [*of_file, *_product(axes, fixed, [])]
-    known = [k for a in axes for k in a.keys] + ([ROW] if any(a.where == "sweep.variants" for a in axes) else [])
+    all_axes = _with_command_line(axes, composing.parse(overrides))
+    jobs = _product(all_axes, excluded)
+    everything = [*_product(axes, []), *_product(all_axes, [])]
+    known = list(dict.fromkeys(key for job in everything for key in job.values))
     for rule in excluded:
         for key in rule:
             if not any(key in job.values for job in everything):
@@ -199,40 +198,32 @@ def _matches(rule: Mapping[str, list[Any]], values: Mapping[str, Any]) -> bool:
     return all(key in values and values[key] in allowed for key, allowed in rule.items())
 
 
-def _with_command_line(axes: list[Axis], overrides: Sequence[Override]) -> tuple[list[Axis], list[str]]:
-    """The axes with the command line's lists, and the overrides that every job has."""
-    axes, fixed = list(axes), {}
+def _with_command_line(axes: list[Axis], overrides: Sequence[Override]) -> list[Axis]:
+    """The axes with those of the command line, in its order: lists of values, and settings as axes of one point."""
+    axes = list(axes)
     for override in overrides:
         key = bare(override)
-        held = next((i for i, a in enumerate(axes) if key in a.keys), None)
-        if held is not None and axes[held].where not in ("sweep.grid", "the command line"):
+        held = next((i for i, a in enumerate(axes) if key in a.keys), len(axes))
+        if held < len(axes) and axes[held].where not in ("sweep.grid", "the command line"):
             where = axes[held].where
             raise ConfigError(f"{override.input_line}: {key} is set by {where}: give a key in one place, or choose rows with sweep.only=[...].")
         if override.is_sweep_override():
-            if key in ("sweeps", "root") or key.startswith("hydra"):
+            if key in ("sweeps", "root"):
                 raise ConfigError(f"{override.input_line} lists several values: a sweep takes one {key} at a time.")
             texts = [f"{override.get_key_element()}={v}" for v in composing.values(override)]
-            axis = _once(Axis("the command line", (key,), tuple(Choice((t,), {key: read(t)}) for t in texts)))
-        elif held is not None:
-            value = None if override.is_delete() else override.value()
-            axis = Axis("the command line", (key,), (Choice((override.input_line,), {key: value}),))
+            choices = [Choice((t,), {key: read(t)}) for t in texts]
         else:
-            fixed[override.get_key_element()] = override.input_line
-            continue
-        if held is None:
-            axes.append(axis)
-        else:
-            axes[held] = axis
-    return axes, list(fixed.values())
+            choices = [Choice((override.input_line,), {} if override.is_delete() else {key: override.value()})]
+        axes[held : held + 1] = [_once(Axis("the command line", (key,), tuple(choices)))]
+    return axes
 
 
-def _product(axes: Sequence[Axis], fixed: Sequence[str], excluded: Sequence[Mapping[str, list[Any]]]) -> list[Draft]:
+def _product(axes: Sequence[Axis], excluded: Sequence[Mapping[str, list[Any]]]) -> list[Draft]:
     jobs = []
     for point in itertools.product(*(axis.choices for axis in axes)):
         values = {key: value for choice in point for key, value in choice.values.items()}
         if any(_matches(rule, values) for rule in excluded):
             continue
-        row = values.get(ROW) if any(a.where == "sweep.variants" for a in axes) else None
         of_row = next((c.overrides for a, c in zip(axes, point, strict=True) if a.where == "sweep.variants"), ())
-        jobs.append(Draft(tuple(o for c in point for o in c.overrides) + tuple(fixed), row, of_row, values))
+        jobs.append(Draft(tuple(o for c in point for o in c.overrides), values.get(ROW), of_row, values))
     return jobs

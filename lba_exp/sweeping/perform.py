@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,16 +75,17 @@ def _to_do(plan: Plan, report: reporting.Report) -> list[Job]:
 def _launch(plan: Plan, launcher: Any, todo: Sequence[Job], report: reporting.Report) -> None:
     """Hands the jobs over; a launcher that dies loses no outcome that a record tells."""
     returns, died = [], None
-    launcher.report = report  # our own launcher tells each job as it ends
+    if plan.launcher == planning.OWN_LAUNCHER:
+        launcher.report = report  # it tells each job as it ends
     try:
         returns = list(launcher.launch([job.overrides for job in todo], initial_job_idx=0))
     except Exception as error:
-        died = f"the launcher {plan.launcher} failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        report.say(died)
+        died = f"the launcher {plan.launcher} failed: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        (plan.folder / "launcher.log").write_text(traceback.format_exc(), "utf-8")
     finally:
         for job, back in zip(todo, returns + [None] * len(todo), strict=False):
             if job.number not in plan.outcomes and (outcome := _outcome(job, back, died)):
-                report.ended(job, outcome)
+                report.ended(job, outcome | ({} if job.log.is_file() else {"log": str(plan.folder / "launcher.log")}))
 
 
 def _outcome(job: Job, back: JobReturn | None, died: str | None) -> dict[str, Any] | None:
@@ -98,6 +100,8 @@ def _outcome(job: Job, back: JobReturn | None, died: str | None) -> dict[str, An
         return {"status": "done"}
     if record is not None:
         return {"status": record["status"], "error": record.get("error")}
+    if died and planning.state(job)[0] == "running":
+        return {"status": "running", "error": f"{died}; this job goes on without it"}
     return {"status": "failed", "error": died} if died else None
 
 

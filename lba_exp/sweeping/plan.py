@@ -214,11 +214,11 @@ def state(job: Job) -> tuple[str, str | None]:
     """What is there of a job, and a sentence where its folder cannot be used.
 
     ``finished``; ``running`` (another process holds it); ``failed`` or ``interrupted`` (by its record); ``unfinished`` (begun, no record);
-    ``missing``; ``blocked`` (the folder holds something else). A debug run is run each time: ``missing``.
+    ``missing``; ``blocked`` (the folder holds something else). A debug run is run each time: never ``finished``.
     """
     try:
         if job.cfg.origin.debug:
-            return "missing", None
+            return ("running" if folders.in_use(job.folder) else "missing"), None
         record = folders.read_record(job.folder)
         if record is not None and record["status"] == "finished":
             folders.check_same(job.cfg, job.folder)

@@ -23,7 +23,7 @@ from lba_exp.sweeping import plan as planning
 from lba_exp.sweeping.plan import Job, Plan
 
 STYLES = {"done": "green", "finished": "green", "failed": "bold red", "blocked": "bold red", "interrupted": "yellow", "running": "cyan"}
-ENDS = ("done", "skipped", "failed", "interrupted", "not started")
+ENDS = ("done", "skipped", "failed", "interrupted", "running", "not started")
 
 
 def duration(seconds: float) -> str:
@@ -36,6 +36,12 @@ def duration(seconds: float) -> str:
 
 def _line(console: Console, status: str, *parts: str, width: int = 12) -> None:
     console.print(Text.assemble("  ", (f"{status:{width}}", STYLES.get(status, "dim")), *parts), soft_wrap=True)
+
+
+def _failure(console: Console, job: Job, outcome: dict[str, Any]) -> None:
+    _line(console, "", str(outcome.get("error")))
+    if log := _log(job, outcome):
+        _line(console, "", f"traceback: {os.path.relpath(log)}")
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -61,7 +67,8 @@ def _estimate(plan: Plan, todo: Sequence[Job]) -> str:
         return "Time: there is no finished run of this sweep yet to estimate from."
     count = sum(len(s) for s in known.values())
     side = "one after the other" if plan.parallel == 1 else f"{plan.parallel} side by side"
-    return f"Time: about {duration(seconds)} {side}, by {count} finished runs of this group; starting processes not counted."
+    side = "in all" if plan.launcher.startswith("submitit") else side
+    return f"Time: about {duration(seconds)} {side}, by {count} finished runs of this group; the start of a process not counted."
 
 
 class Report:
@@ -105,11 +112,11 @@ class Report:
         self._save()
         left = [j for j in self.plan.jobs if j.number not in self.plan.outcomes]
         parts = [f"job {len(self.plan.outcomes)}/{len(self.plan.jobs)}  {job.label}", _figures(outcome)]
-        if left:
+        if left and outcome["status"] != "interrupted" and self.plan.launcher == planning.OWN_LAUNCHER:  # others tell all outcomes at the end
             parts.append(self._remaining(left))
         _line(self.bar.console, outcome["status"], "  ".join(p for p in parts if p))
         if outcome["status"] == "failed":
-            _line(self.bar.console, "", f"{outcome.get('error')}  (traceback: {_log(job)})")
+            _failure(self.bar.console, job, outcome)
 
     def _remaining(self, left: Sequence[Job]) -> str:
         if self.took:
@@ -122,8 +129,8 @@ class Report:
         jobs = []
         for job in self.plan.jobs:
             outcome = self.plan.outcomes.get(job.number, {"status": "not started"})
-            log = str(job.log) if job.log.is_file() else None
-            jobs.append({"label": job.label, "row": job.cfg.origin.row, "folder": str(job.folder), "log": log, **outcome})
+            head = {"label": job.label, "row": job.cfg.origin.row, "folder": str(job.folder)}
+            jobs.append(head | outcome | {"log": _log(job, outcome)})
         summary = {
             "sweep": self.plan.name,
             "launcher": self.plan.launcher,
@@ -135,8 +142,9 @@ class Report:
         folders.write_atomically(self.plan.folder / "summary.json", json.dumps(folders.finite(summary), indent=2) + "\n")
 
 
-def _log(job: Job) -> Path | str:
-    return os.path.relpath(job.log) if job.log.is_file() else "none"
+def _log(job: Job, outcome: dict[str, Any]) -> str | None:
+    """The file that tells what happened to a job; None where it was never started."""
+    return next((str(path) for path in (outcome.get("log"), job.log) if path and Path(path).is_file()), None)
 
 
 def _figures(outcome: dict[str, Any]) -> str:
@@ -172,8 +180,7 @@ def show_summary(plan: Plan, console: Console) -> None:
         status = outcome["status"]
         _line(console, status, "  ".join(p for p in (job.label, _figures(outcome)) if p))
         if status == "failed":
-            _line(console, "", f"{outcome.get('error')}")
-            _line(console, "", f"traceback: {_log(job)}")
+            _failure(console, job, outcome)
     if any(plan.outcomes.get(j.number, {}).get("status") not in ("done", "skipped") for j in plan.jobs):
         console.print("The same command again runs only what is missing or failed.")
     console.print(f"Summary: {os.path.relpath(plan.folder / 'summary.json')}", soft_wrap=True, highlight=False)
