@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from lba_exp.errors import ConfigError, RunFolderError, UserError
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
 from lba_exp.results.figures import run_figure
+from lba_exp.results.git import git_state
+from lba_exp.results.log_file import log_file
 from lba_exp.results.metrics_log import MetricsLog
 from lba_exp.results.screen import end_table, start_panel
 
@@ -100,7 +100,7 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
         _begin(cfg, folder)
     record = _head(cfg, folder, task, trainer)
     code = 1
-    with _log_file(folder):
+    with log_file(folder):
         try:
             start_panel(_telling(cfg), record["parameters"], console)
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
@@ -259,22 +259,6 @@ def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -
         wandb.finish(exit_code=code)
 
 
-def git_state() -> dict[str, Any]:
-    """The commit of the working folder's repository and whether it has uncommitted changes; nulls outside of one."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, timeout=10, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
-
-
 def _raised_by_lightning(error: BaseException) -> bool:
     """Whether an error came out of Lightning's own code: then it is about how the Trainer was set up."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -285,32 +269,3 @@ def _sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".rstrip(": ")
-
-
-@contextmanager
-def _log_file(folder: Path):
-    """Everything that is logged or warned of goes to train.log in the run folder; Lightning's own remarks go there only."""
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    names = ("lightning", "lightning.pytorch", "lightning.fabric", "lba_exp")
-    shown = warnings.showwarning
-
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
-        logger.warning("%s", message)
-        shown(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
-    saved = []
-    for name in names:
-        log = logging.getLogger(name)
-        saved.append((log, list(log.handlers), log.level, log.propagate))
-        log.handlers, log.propagate, log.disabled = [handler], False, False  # Hydra disables loggers between the runs of a sweep
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
-        for log, handlers, level, propagate in saved:
-            log.handlers, log.propagate = handlers, propagate
-            log.setLevel(level)
-        handler.close()
