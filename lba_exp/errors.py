@@ -19,3 +19,7 @@ class ParityError(UserError):
 
 class RunFolderError(UserError):
     """A run folder that is in use, finished, or holds another run."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on: a loss that is not a number, a device out of memory."""

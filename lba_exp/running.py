@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lba_exp import build
+from lba_exp import build, faults
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
@@ -95,24 +95,27 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
     if rank_zero_only.rank == 0:
         _set_aside(cfg, folder, console)
-    trainer.loggers = logs = build.loggers(cfg, folder)
-    if rank_zero_only.rank == 0:
-        _begin(cfg, folder)
     record = _head(cfg, folder, task, trainer)
+    trainer.loggers = logs = build.loggers(cfg, folder)
     code = 1
     with log_file(folder):
         try:
+            if rank_zero_only.rank == 0:
+                _begin(cfg, folder)
             start_panel(_telling(cfg), record["parameters"], console)
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
             code = 0
         except BaseException as error:
+            explained = None if isinstance(error, UserError) else faults.explain(error, cfg, folder)
             record |= {
                 "status": "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed",
-                "error": _sentence(error),
+                "error": _sentence(explained or error),
             }
             logger.error("%s", "".join(traceback.format_exception(error)))
             if isinstance(error, SystemExit):  # Lightning's way of passing on Ctrl-C
                 raise KeyboardInterrupt from None
+            if explained is not None:
+                raise explained from error
             raise
         finally:
             if rank_zero_only.rank == 0:
