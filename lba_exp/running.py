@@ -8,6 +8,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,21 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
             raise
 
 
-def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many CPU threads of torch inside, as before outside; None: no change."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
     try:
-        return _run_with(cfg, folder, console)
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    with threads(cfg.threads):
+        return _run_with(cfg, folder, console)
 
 
 def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "config": BASE,
     "messages": BASE,
     "checks": BASE | {"config", "messages", "data"},
-    "composing": BASE | {"config", "messages", "checks"},
+    "config_files": BASE | {"checks", "messages"},
+    "composing": BASE | {"config", "config_files", "messages", "checks"},
 }
 
 

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 import lba_exp
 from lba_exp import ops, running
-from lba_exp.commands import evaluate as eval_command
 from lba_exp.commands import train as command
 from lba_exp.errors import ConfigError, DataError, ParityError, RunFolderError, UserError
 from lba_exp.results.metrics_log import read_rows
@@ -19,16 +18,6 @@ from tests import wandb_file
 
 def contents(folder: Path) -> dict:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of LION-S and its record."""
-    from tests.conftest import SMALL
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    record = lba_exp.train(lba_exp.compose([*SMALL, f"folder={folder}"]), quiet=True)
-    return folder, record
 
 
 def test_the_record_is_complete(finished):
@@ -288,23 +277,6 @@ def test_weights_can_start_another_run(small, finished):
     assert record["metrics"]["test"]["accuracy"] == pytest.approx(finished[1]["metrics"]["test"]["accuracy"], abs=0.01)
     with pytest.raises(ConfigError, match="another model"):
         lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "model.width=32"]), quiet=True)
-
-
-def test_eval_reads_a_run_in_any_form_and_split_and_leaves_it_alone(finished, capsys):
-    folder, _ = finished
-    before = contents(folder)
-    eval_command.main([str(folder), "form=recurrent", "split=validation", "--output", "figures.json"])
-    figures = json.loads(Path("figures.json").read_text())
-    assert figures["forms"]["recurrent"]["different"] == 0 and figures["forms"]["recurrent"]["count"] == 180
-    assert contents(folder) == before
-    for arguments in (["form=fast"], ["split=tset"], ["model.width=3"], ["modle=3"], ["--output", "figures.json"]):
-        with pytest.raises(SystemExit) as stop:
-            eval_command.main([str(folder), *arguments])
-        said = capsys.readouterr().err
-        assert stop.value.code == 1 and said.count("\n") == 1, said
-    with pytest.raises(SystemExit):
-        eval_command.main(["nowhere"])
-    assert "no run folder" in capsys.readouterr().err
 
 
 def test_accumulation_and_precision_come_from_the_trainer(small):
