@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Words in the names of metrics that one wants small.
-LOWER = set("loss error rel abs seconds ms bytes memory latency time perplexity ppl parameters size different ties".split())
-UNITS = {"seconds": "s", "ms": "ms", "per_second": "1/s"}
+LOWER = {"loss", "error", "rel", "abs", "perplexity", "ppl", "different", "ties"}
+LOWER |= {"seconds", "ms", "time", "latency", "bytes", "memory", "parameters", "size"}
+UNITS = {"seconds": "s", "ms": "ms"}
 NAMES = {
     "efficiency/train_seconds": "training time",
     "efficiency/wall_seconds": "wall time",
@@ -62,12 +63,13 @@ class Style:
 
 
 def style(metric: str, values: Sequence[float]) -> Style:
-    """How to write a metric whose values in the table are these: percent, MiB, or three (times) or four digits in all."""
+    """How to write a metric whose values in the table are these: percent, MiB or GiB, or three (times) or four digits in all."""
     last = metric.rpartition("/")[2]
     if is_share(metric):
         return Style("%", 100, 2)
     if last.endswith("bytes"):
-        return Style("MiB", 2**-20, 1)
+        large = bool(values) and statistics.median(values) >= 2**30
+        return Style("GiB", 2**-30, 2) if large else Style("MiB", 2**-20, 1)
     if last in ("rel", "max_abs", "native_rel", "operator_rel"):
         return Style("", 1, None)
     unit = "tokens/s" if last == "tokens_per_second" else next((u for ending, u in UNITS.items() if last.endswith(ending)), "")

@@ -187,7 +187,7 @@ def _check_paper(grid: Grid) -> None:
     if not units:
         raise UserError(
             f"--paper {paper.name} has no number for this table: its rows are {', '.join(paper.rows)}, its columns "
-            f"{', '.join(paper.units)}; rows and columns are matched by name, and TABLE:COLUMN puts one column beside every one of this table."
+            f"{', '.join(paper.units)}; rows and columns are matched by name, and TABLE:COLUMN puts one column beside every one here."
         )
     if units == {"percent"} and not is_share(metric):
         raise UserError(f"--paper {paper.name} holds accuracies, and --metric is {metric}.")

@@ -57,10 +57,6 @@ def _share(value: float) -> str:
     return f"{100 * value:.4g}%"
 
 
-def _time(value: float) -> str:
-    return f"{value:.3g} s" if value < 60 else seconds(value) or ""
-
-
 def learning_curves(groups: Groups, rows: Mapping[str, list[dict]]) -> list[Figure]:
     """One chart for each metric of training and validation: the mean over a row's runs, and one standard deviation to both sides.
 
@@ -135,20 +131,22 @@ def against_time(groups: Groups, metric: str) -> Figure | None:
     look = style(metric, values)
     y = Axis(metric.replace("/", " ").replace("_", " "), write=_share if is_share(metric) else look.text)
     y.fit(values)
-    x = Axis("training time, validation left out", log=max(times) > 20 * min(times), write=_time)
+    unit, length = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if max(times) >= 2 * s or s == 1)
+    x = Axis(f"training time in {unit}, validation left out", log=max(times) > 20 * min(times))
     x.low = None if x.log else 0.0
-    x.fit(times)
+    x.fit([time / length for time in times])
     means = {label: tuple(statistics.fmean(p[i] for p in pairs) for i in (1, 2)) for label, pairs in found.items() if pairs}
-    told = "; ".join(f"{label} {y.write(v)} after {x.write(t)}" for label, (t, v) in means.items())
+    told = "; ".join(f"{label} {y.write(v)} after {seconds(t)}" for label, (t, v) in means.items())
     name = y.label.capitalize()
     caption = f"{name} of the best checkpoint against training time. Small: one run; large: the mean of a row."
     chart = Chart(f"{name} against training time", f"{caption} {told}.", x, y)
     for i, (label, pairs) in enumerate(found.items()):
         for run, time, value in pairs:
-            chart.marker(time, value, i, f"{label}, seed {run.label('seed')}: {y.write(value)} after {x.write(time)}", 2.6, hollow=True)
+            hint = f"{label}, seed {run.label('seed')}: {y.write(value)} after {seconds(time)}"
+            chart.marker(time / length, value, i, hint, hollow=True)
         if label in means:
             time, value = means[label]
-            chart.marker(time, value, i, f"{label}, mean: {y.write(value)} after {x.write(time)}", 5)
+            chart.marker(time / length, value, i, f"{label}, mean: {y.write(value)} after {seconds(time)}", 5)
     return Figure(chart.done(), caption)
 
 
@@ -237,7 +235,7 @@ def _decays(label: str, index: int, direction: str, boxes: Sequence[tuple[Run, l
     unit = (width - LEFT - RIGHT) / max(1, slots)
     thick = round(min(9.0, 0.7 * unit / len(boxes)), 2)
     starts = [sum(heads[:i]) for i in range(len(heads))]
-    y = Axis("memory length, tokens", log=True, write=lambda value: f"{value:,.3g}")
+    y = Axis("memory length, tokens", log=True, write=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
     y.fit([v for _, found in boxes for layer in found for head in layer for v in head])
     x = Axis("head", low=0, high=max(1, slots))
     ticks = [(starts[i] + h + 0.5, str(h + 1)) for i, n in enumerate(heads) for h in range(n)]

@@ -18,7 +18,7 @@ from lba_exp.results.collect import FINISHED, STATUSES, Run
 from lba_exp.results.layout import Table, lay_out
 from lba_exp.results.report import charts
 from lba_exp.results.report.svg import swatch
-from lba_exp.results.tables import Grid, TableOptions, pivot
+from lba_exp.results.tables import Grid, Labels, TableOptions, pivot
 
 COSTS = ("parameters", "state_size", "efficiency/train_seconds", "efficiency/tokens_per_second", "efficiency/peak_memory_bytes")
 FILES = {"result.json": "record", "config.yaml": "config", "train.log": "log", "run.png": "picture"}
@@ -46,10 +46,9 @@ def report_page(runs: Sequence[Run], options: TableOptions, output: Path, title:
         style=Markup((Path(__file__).parent / "style.css").read_text("utf-8")),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         facts=_facts(runs),
-        tables=[lay_out(grid), *_costs(runs, options)],
+        tables=[lay_out(grid), *(table for col in grid.cols for table in _costs(grid, col))],
         runs=[_run_line(run, grid.options.metrics[0], output) for run in runs],
         metric=grid.options.metrics[0],
-        rows_legend=[{"swatch": Markup(swatch(i)), "name": ", ".join(row)} for i, row in enumerate(grid.rows)],
         parts=_parts(grid),
     )
 
@@ -68,15 +67,16 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in facts if text]
 
 
-def _costs(runs: Sequence[Run], options: TableOptions) -> list[Table]:
-    """What a model costs, and how exact its other forms are: one column a figure, over the finished runs."""
-    runs = [run for run in runs if run.status == FINISHED]
+def _costs(grid: Grid, col: Labels) -> list[Table]:
+    """What a model costs, and how exact its other forms are: one column a figure, over the finished runs of a column of the main table."""
+    options = grid.options
+    runs = [run for row in grid.rows for run in grid.cells[row, col, options.metrics[0]].runs if run.status == FINISHED]
     known = {key for run in runs for key, value in run.numbers.items() if value is not None}
     metrics = tuple(m for m in (*COSTS, "parity/recurrent/rel", "parity/chunkwise/rel") if m in known)
     if not metrics:
         return []
     table = lay_out(pivot(runs, TableOptions(options.rows, options.cols, metrics, options.spread, better="none")))
-    table.title = "Size, training cost, and error of the other forms on the test split"
+    table.title = f"{', '.join(col)}: size, training cost, and error of the other forms on the test split"
     return [table]
 
 
@@ -111,6 +111,7 @@ def _parts(grid: Grid) -> list[dict[str, Any]]:
         forms = sorted({form for figure in parity for form in figure.forms}, key=charts.form_index)
         parts.append(
             {
+                "rows": [{"swatch": Markup(swatch(i)), "name": label} for i, (label, runs) in enumerate(groups.items()) if runs],
                 "name": ", ".join(col),
                 "curves": _drawn(charts.learning_curves(groups, rows)),
                 "time": _drawn([time] if time is not None else []),

@@ -192,7 +192,7 @@ def marker_path(index: int, r: float) -> str:
         f"M{{x}},{{y}}m-{r},-{r}h{2 * r}v{2 * r}h-{2 * r}z",
         f"M{{x}},{{y}}m0,-{1.2 * r:.2f}l{1.2 * r:.2f},{2.2 * r:.2f}h-{2.4 * r:.2f}z",
         f"M{{x}},{{y}}m0,-{1.4 * r:.2f}l{1.4 * r:.2f},{1.4 * r:.2f}l-{1.4 * r:.2f},{1.4 * r:.2f}l-{1.4 * r:.2f},-{1.4 * r:.2f}z",
-    )[index % 4]
+    )[(index + index // COLOURS) % 4]
 
 
 def swatch(index: int) -> str:
