@@ -33,12 +33,17 @@ def wandb_runs(projects: Sequence[str], api: Any = None) -> list[Run]:
     import wandb
 
     found: list[Run] = []
+    server = None
     try:
-        api = api or wandb.Api(timeout=TIMEOUT)
+        if api is None:
+            server = wandb.setup().settings.base_url
+            requests.head(server, timeout=5)  # without network wandb's own service keeps asking, and was seen not to end
+            api = wandb.Api(timeout=TIMEOUT)
         for project in projects:
             found += [_run(run) for run in api.runs(project)]
     except (wandb.errors.Error, requests.RequestException, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        unreachable = isinstance(error, requests.ConnectionError | requests.Timeout)
+        reason = f"{server or 'its server'} cannot be reached" if unreachable else " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"--from wandb: Weights & Biases cannot be read ({reason}): it takes ENTITY/PROJECT, a key (`wandb login` or WANDB_API_KEY) "
             "and the network; runs logged offline are read from their run folders, without --from."
