@@ -148,7 +148,9 @@ def read_run(folder: Path) -> Run:
 def _told_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration alone tells of a run, under a record's keys."""
     try:
-        cfg = OmegaConf.create(dict(config))
+        needed = {key: config[key] for key in ("name", "seed", "origin")}  # OmegaConf takes 16 ms for a whole configuration
+        model, data = ({key: config[group][key] for key in keys} for group, keys in (("model", ["name"]), ("data", ["name", "source"])))
+        cfg = OmegaConf.create({**needed, "model": model, "data": data})
         return {
             "name": naming.name(cfg),
             "variant": cfg.model.name,
@@ -159,7 +161,7 @@ def _told_by(config: Mapping[str, Any]) -> dict[str, Any]:
             "row": cfg.origin.get("row"),
             "seed": cfg.seed,
         }
-    except (OmegaConfBaseException, AttributeError, TypeError):  # a configuration of another version, or none
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError):  # a configuration of another version, or none
         return {}
 
 
