@@ -50,7 +50,8 @@ def lay_out(grid: Grid) -> Table:
         if grid.baseline is not None:
             columns += [_ratios(grid, col, TIME, "training time"), _ratios(grid, col, MEMORY, "training memory")]
     rows = [list(row) for row in zip(*(texts for _, texts in columns), strict=True)]
-    return Table(_title(grid, styles), [head for head, _ in columns], rows, len(options.rows), _notes(grid, counts))
+    marked = any(cell.mark for row in rows for cell in row)
+    return Table(_title(grid, styles), [head for head, _ in columns], rows, len(options.rows), _notes(grid, counts, marked))
 
 
 def _title(grid: Grid, styles: dict[str, Style]) -> str:
@@ -138,7 +139,7 @@ def _comparison(comparison: Comparison, look: Style) -> str:
     return f"{sign}{look.plain(abs(comparison.difference))} ({tests}; {pairs})"
 
 
-def _notes(grid: Grid, counts: set[int]) -> list[str]:
+def _notes(grid: Grid, counts: set[int], marked: bool) -> list[str]:
     options, notes = grid.options, []
     if len(grid.cols) == 1 and len(options.metrics) > 1:
         notes.append(f"{', '.join(options.cols)}: {', '.join(grid.cols[0])}.")
@@ -149,7 +150,7 @@ def _notes(grid: Grid, counts: set[int]) -> list[str]:
         notes.append(f"{MISSING}: {'no run' if all(not cell.runs for cell in cells if _nothing(cell)) else 'no such number'}.")
     if any(cell.lacking and not _nothing(cell) for cell in cells):
         notes.append("Runs without a result are counted in words" + ("." if options.better == "none" else "; their cells are not ranked."))
-    if len(grid.rows) > 1 and options.better != "none":
+    if marked:
         notes.append("Bold: the best of a column; underlined: the second.")
     if grid.baseline is not None:
         notes.append(f"Training time (validation left out) and training memory are relative to {', '.join(grid.baseline)}.")
