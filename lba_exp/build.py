@@ -20,6 +20,7 @@ from torch import nn
 
 from lba_exp import registry
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from lba_exp.callbacks.decays import Decays
 from lba_exp.callbacks.divergence import Divergence
 from lba_exp.callbacks.parity import Parity
 from lba_exp.callbacks.recorder import Efficiency, Recorder
@@ -116,10 +117,11 @@ class Parts:
                 p.mode, p.tolerance, p.operator_tolerance, full=p.full, full_test=p.full_test, memory_budget_gib=p.memory_budget_gib
             )
         self.efficiency = Efficiency()
+        self.decays = Decays()
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        return [c for c in (self.efficiency, Divergence(), self.parity, self.recorder) if c is not None]
+        return [c for c in (self.efficiency, Divergence(), self.parity, self.decays, self.recorder) if c is not None]
 
 
 def keeps_checkpoints(cfg: DictConfig) -> bool:

@@ -244,6 +244,7 @@ def _head(cfg, folder, task, trainer) -> dict[str, Any]:
 def _end(cfg, folder, record, logs, parts, began, code) -> None:
     record["parity"] = parts.parity.record() if parts.parity is not None else None
     record["efficiency"] = parts.efficiency.record() | {"wall_seconds": time.monotonic() - began}
+    record["decays"] = parts.decays.record()
     rows = next(log for log in logs if isinstance(log, MetricsLog))
     rows.save()
     try:
@@ -262,9 +263,7 @@ def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -
     try:
         for key, value in record.get("metrics", {}).get("test", {}).items():
             wandb.run.summary[f"test/{key}"] = value
-        wandb.run.summary["record"] = {
-            k: record.get(k) for k in ("status", "parameters", "state_size", "best", "efficiency", "parity", "git")
-        }
+        wandb.run.summary["record"] = folders.finite({k: v for k, v in record.items() if k != "folder"})
         if figure.is_file():
             wandb.run.log({"run": wandb.Image(str(figure))})
     finally:

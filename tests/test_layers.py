@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "nn": BASE | {"ops"},
     "models": BASE | {"ops", "nn"},
     "data": BASE | {"messages"},
-    "results": BASE | {"ops", "nn", "models"},
+    "results": BASE | {"messages", "ops", "nn", "models"},
     "tasks": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config"},
     "errors": set(),

@@ -175,6 +175,8 @@ def test_the_offline_wandb_run_reads_back(small):
     )
     assert {"lion_s", "digits", "mine"} <= set(config["tags"])
     assert config["model"]["mixer"]["gate"] == "selective" and config["optim"]["lr"] == 0.002
+    stored = json.loads((Path(record["folder"]) / "result.json").read_text())
+    assert wandb_file.summary(Path(record["folder"]))["record"] == {k: v for k, v in stored.items() if k != "folder"}
     logged = {k for row in history for k in row}
     assert {"train/loss", "val/accuracy", "parity/recurrent/rel", "efficiency/tokens_per_second"} <= logged
     accuracies = [row["val/accuracy"] for row in history if "val/accuracy" in row]
