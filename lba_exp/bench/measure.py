@@ -67,14 +67,14 @@ def take_turns(
 ) -> tuple[dict[str, list[float]], dict[str, Problem]]:
     """Milliseconds of every call, by contender, and the contenders that broke.
 
-    After two calls each to warm up, the contenders take ``repeats`` turns, in alternating order, so that whatever else the machine does
-    hits all alike. A turn is as many calls as fit into ``seconds / repeats``, at least one.
+    After a call each to warm up, which tells how long a call takes, the contenders take ``repeats`` turns, in alternating order, so that
+    whatever else the machine does hits all alike. A turn is as many calls as fit into ``seconds / repeats``, at least one.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     problems: dict[str, Problem] = {}
     turns = {}
     for name, call in calls.items():
-        warm, problems[name] = attempt(lambda call=call: timed(call, 2, device)[-1])
+        warm, problems[name] = attempt(lambda call=call: timed(call, 1, device)[0])
         if warm is not None:
             turns[name] = max(1, min(LONGEST_TURN, int(1e3 * seconds / repeats / max(warm, 1e-6))))
     for turn in range(repeats):

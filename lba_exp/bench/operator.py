@@ -71,9 +71,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "load_average": load_average(),
         "memory_method": LiveTensors(device).method,
     }
+
+
+def load_average() -> list[float]:
+    """Processes that ran or waited, averages of the last 1, 5 and 15 minutes: above the number of processors, the machine is busy."""
+    return [round(x, 2) for x in os.getloadavg()]
 
 
 @contextmanager

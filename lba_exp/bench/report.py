@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def spread(cells: Iterable[Mapping[str, Any]]) -> str:
+    """How far the quartiles of a cell's times lie apart: what tells a quiet machine from a busy one."""
+    shares = sorted((c["quartile_3_ms"] - c["quartile_1_ms"]) / c["median_ms"] for c in cells if c["status"] == "measured")
+    if not shares:
+        return "nothing was measured"
+    return (
+        f"the quartiles of a cell lie {shares[len(shares) // 2]:.0%} of its median apart in the middle cell, {shares[-1]:.0%} in the worst"
+    )
+
+
 def reasons(record: Record) -> list[str]:
     """Why cells failed or are not available here, each reason once."""
     told = [cell for cell in record["cells"] if cell["status"] in ("failed", "not available here")]
@@ -91,10 +101,12 @@ def milliseconds(value: float) -> str:
 def notes(record: Record) -> list[str]:
     """What the columns mean."""
     method = record["environment"]["memory_method"]
+    load = f"load average {record['environment']['load_average'][0]} before, {record['load_average_after']} after"
     unseen = ", scratch space inside a single kernel not seen" if method == LIVE_TENSORS else ""
     return [
         f"time: median of at least {record['settings']['repeats']} calls, in turns with the other forms of the same case; "
         "softmax / form: time of scaled_dot_product_attention (not causal) over the form's, same length, dtype and turns.",
+        f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: beside the inputs, output and gradients included ({method}{unseen}); x (q, k, v, y): as a multiple of these four.",
         f"error: relative L2 against direct summation in float64 over up to {record['judged_rows']} rows (sequence, token) at every head, "
         "softmax against softmax in float64.",

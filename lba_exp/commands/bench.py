@@ -117,6 +117,7 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
         record["status"] = "failed"
         raise
     finally:
+        record["load_average_after"] = bench.load_average()[0]
         record |= {"crossovers": crossovers(cells), "growth": growth(cells)}
         if folder is not None:  # before the screen, which may be a pipe that is closed
             report.write(record, folder)
