@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "results": BASE | {"messages", "ops", "nn", "models"},
     "tasks": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config"},
+    "bench": BASE | {"ops", "callbacks", "results", "messages"},
     "errors": set(),
     "registry": {"errors"},
     "config": BASE,
