@@ -20,6 +20,8 @@ from torch import nn
 
 from lba_exp import registry
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from lba_exp.callbacks.decays import Decays
+from lba_exp.callbacks.divergence import Divergence
 from lba_exp.callbacks.parity import Parity
 from lba_exp.callbacks.recorder import Efficiency, Recorder
 from lba_exp.data.spec import DataSpec
@@ -82,12 +84,13 @@ def loggers(cfg: DictConfig, folder: Path) -> list:
         identity = folder / "wandb_id"
         if not identity.is_file():
             identity.write_text(uuid.uuid4().hex[:8])
-        found.append(
-            WandbLogger(
+        try:
+            run = wandb.init(
                 name=f"{naming.name(cfg)}-seed{cfg.seed}",
-                save_dir=folder,
-                offline=cfg.logger.wandb == "offline",
+                dir=folder,
+                mode=cfg.logger.wandb,
                 id=identity.read_text().strip(),
+                resume="allow",
                 project=cfg.logger.project,
                 entity=cfg.logger.entity,
                 group=naming.group(cfg),
@@ -96,7 +99,10 @@ def loggers(cfg: DictConfig, folder: Path) -> list:
                 config=OmegaConf.to_container(cfg, resolve=True),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        )
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"logger: W&B does not start ({reason}): run `wandb login`, or give logger=wandb_offline or csv.") from None
+        found.append(WandbLogger(experiment=run))
     return found
 
 
@@ -111,10 +117,11 @@ class Parts:
                 p.mode, p.tolerance, p.operator_tolerance, full=p.full, full_test=p.full_test, memory_budget_gib=p.memory_budget_gib
             )
         self.efficiency = Efficiency()
+        self.decays = Decays()
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        return [c for c in (self.efficiency, self.parity, self.recorder) if c is not None]
+        return [c for c in (self.efficiency, Divergence(), self.parity, self.decays, self.recorder) if c is not None]
 
 
 def keeps_checkpoints(cfg: DictConfig) -> bool:

@@ -32,11 +32,11 @@ PRECISIONS = (
 NATURAL = ("max_epochs", "min_epochs", "min_steps", "accumulate_grad_batches", "num_nodes", "log_every_n_steps", "check_val_every_n_epoch")
 
 
-def check_reserved(key: str) -> None:
-    """Raises ConfigError for a Trainer argument that another part of the run owns."""
+def check_reserved(key: str, where: str = "") -> None:
+    """Raises ConfigError for a Trainer argument that another part of the run owns; ``where`` is added to the key in the message."""
     owner, _, name = key.partition(".")
     if owner == "trainer" and name in TRAINER_OWNED:
-        raise ConfigError(f"{key} is not set here: {TRAINER_OWNED[name]}.")
+        raise ConfigError(f"{key}{where} is not set here: {TRAINER_OWNED[name]}.")
 
 
 def check(cfg: DictConfig) -> None:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lba_exp import messages
 from lba_exp.checks import check, check_reserved
 from lba_exp.config import command_schema, run_schema
+from lba_exp.config_files import check_file
 from lba_exp.errors import ConfigError
 
 CONFIG_NAME = "train"
@@ -57,10 +58,8 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     for text in overrides:
         try:
             parsed += parser.parse_overrides([text])
-        except OverrideParseException as error:
-            raise ConfigError(
-                f"{text!r} is no override ({str(error).splitlines()[0]}): write key=value, group=option or +key=value."
-            ) from None
+        except OverrideParseException:
+            raise ConfigError(messages.no_override(text)) from None
     return parsed
 
 
@@ -95,6 +94,8 @@ def check_override(override: Override, further: Sequence[Path] = ()) -> None:
                 continue
             if str(value) not in known:
                 raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")
+            if key in GLOBAL_GROUPS:
+                check_file(known[str(value)], key, GROUPS, lambda group: options(group, further), run_schema())
         return
     check_reserved(key)
     messages.check_key(key, command_schema(), GROUPS)

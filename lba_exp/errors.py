@@ -23,3 +23,7 @@ class RunFolderError(UserError):
 
 class FolderInUseError(RunFolderError):
     """A run folder that another process holds."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on: a loss that is not a number, a device out of memory."""

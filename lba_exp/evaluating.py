@@ -19,8 +19,9 @@ from lba_exp.checks import check
 from lba_exp.config import run_schema
 from lba_exp.errors import ConfigError
 from lba_exp.results.compare import evaluate_forms
-from lba_exp.results.folder import read_config
+from lba_exp.results.folder import read_config, read_record
 from lba_exp.results.naming import ONLY
+from lba_exp.running import threads
 
 SPLITS = ("train", "validation", "test")
 CHANGEABLE = ("data", "model.mixer.form", "model.mixer.chunk_size", "threads", "plugins")
@@ -52,12 +53,13 @@ def configuration(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def load_model(folder: Path, cfg: DictConfig, spec: Any) -> torch.nn.Module:
-    """The run's model with the weights of its best-validation checkpoint, in evaluation mode on the CPU."""
-    task = build.task(cfg, spec)
-    state = load_checkpoint(folder / "checkpoints" / BEST)["state_dict"]
+def load_model(folder: Path, cfg: DictConfig, data: Any, checkpoint: dict[str, Any]) -> torch.nn.Module:
+    """The run's model with the weights of a checkpoint, in evaluation mode on the CPU; ``data`` then normalises as the run's did."""
+    task = build.task(cfg, data.spec)
+    if (kept := checkpoint.get(type(data).__qualname__)) is not None:
+        data.adopt(kept)
     try:
-        task.load_state_dict(state)
+        task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -74,12 +76,13 @@ def evaluate(
     Args:
         run: the run folder.
         overrides: ``data.*``, ``model.mixer.form``, ``model.mixer.chunk_size``, ``threads``.
-        split: train, validation or test.
+        split: train, validation or test; inputs are normalised by the statistics of the run's own training split, whatever the data.
         form: one form, beside the reference; default: all.
         quiet: print nothing.
     Returns:
-        ``{"run", "split", "data", "reference", "forms": {form: figures}}`` with the figures accuracy, agreement, different, near_ties, rel,
-        max_abs and count; a model without forms has one entry, ``"-"``.
+        ``{"run", "status", "step", "split", "data", "reference", "forms": {form: figures}}`` with the run's status ("unfinished" where it
+        has no record), the step of the checkpoint, and the figures accuracy, agreement, different, near_ties, rel, max_abs and count; a
+        model without forms has one entry, ``"-"``.
     Raises:
         UserError: a wrong folder, key, split, form, data set or checkpoint.
     """
@@ -87,10 +90,14 @@ def evaluate(
     cfg = configuration(folder, overrides)
     if split not in SPLITS:
         raise ConfigError(f"split={split}: {messages.unknown(split, SPLITS, 'a split')}")
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    with threads(cfg.threads):
+        return _evaluate(folder, cfg, split, form, Console(quiet=quiet, width=None if sys.stdout.isatty() else 110))
+
+
+def _evaluate(folder: Path, cfg: DictConfig, split: str, form: str | None, console: Console) -> dict[str, Any]:
+    checkpoint = load_checkpoint(folder / "checkpoints" / BEST)
     data = build.data_module(cfg)
-    model = load_model(folder, cfg, data.spec)
+    model = load_model(folder, cfg, data, checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
     if form is not None and form not in model.forms:
@@ -99,8 +106,10 @@ def evaluate(
     batches = data.split_loader(split)
     figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
     reference = model.form if model.forms else ONLY
-    result = {"run": str(folder), "split": split, "data": cfg.data.source, "reference": reference, "forms": figures}
-    _show(result, Console(quiet=quiet, width=None if sys.stdout.isatty() else 110))
+    status, step = (read_record(folder) or {"status": "unfinished"})["status"], checkpoint["global_step"]
+    result = {"run": str(folder), "status": status, "step": step, "split": split, "data": cfg.data.source}
+    result |= {"reference": reference, "forms": figures}
+    _show(result, console)
     return result
 
 
@@ -113,3 +122,5 @@ def _show(result: dict[str, Any], console: Console) -> None:
         distance = [str(f.get("different", "")), str(f.get("near_ties", "")), f"{f['rel']:.1e}" if "rel" in f else ""]
         table.add_row(label, str(f["count"]), f"{100 * f['accuracy']:.2f} %", *distance)
     console.print(table)
+    if result["status"] != "finished":
+        console.print(f"This run is {result['status']}: the weights are its best so far, of step {result['step']:,}.", highlight=False)

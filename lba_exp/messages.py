@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import types
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -21,6 +22,16 @@ def unknown(word: str, valid: Iterable[str], what: str) -> str:
     hint = f"; did you mean {near[0]}?" if near else "."
     choose = f" Valid: {', '.join(names)}." if names else " There are none."
     return f"{word!r} is not {what}{hint}{choose}"
+
+
+def no_override(text: str) -> str:
+    """The sentence for a text that Hydra's grammar of overrides does not take; quoting the value is what most of them lack."""
+    key, sign, value = text.partition("=")
+    if sign and re.fullmatch(r"[+~]*[\w./@]+", key) and value and not set(value) & set("'\"{}[]"):
+        shown = f"{key}='{value}'"
+        quoted = shlex.quote(shown) if set(shown) & set('$`\\!"') else f'"{shown}"'
+        return f"{text} holds a character that Hydra does not take bare: quote the value, and all of it once more for the shell, {quoted}."
+    return f"{text!r} is no override: write key=value, group=option or +key=value; a value with brackets, commas or quotes in quotes."
 
 
 def all_keys(node: Any, prefix: str = "") -> list[str]:
@@ -152,6 +163,7 @@ def from_hydra(error: Exception, schema: Any, global_groups: Iterable[str]) -> s
             return unknown_key(key, node, prefix, schema, where=where)
         value = re.search(r"Value '(.*?)' of type|Cannot convert '(.*?)' to|Invalid value assigned: (\S+)", text)
         got = next((v for v in value.groups() if v is not None), "") if value else ""
+        got = "" if got == "AnyNode" else got  # OmegaConf's own word for a value where a list belongs
         shown = f"{key}={got}" if got else key
         return f"{shown}{where} does not fit: {describe(key, schema)}"
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lba_exp import build
+from lba_exp import build, faults
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
@@ -29,6 +29,8 @@ from lba_exp.errors import ConfigError, RunFolderError, UserError
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
 from lba_exp.results.figures import run_figure
+from lba_exp.results.git import git_state
+from lba_exp.results.log_file import log_file
 from lba_exp.results.metrics_log import MetricsLog
 from lba_exp.results.screen import end_table, start_panel
 
@@ -74,14 +76,21 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
             raise
 
 
-def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many CPU threads of torch inside, as before outside; None: no change."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
     try:
-        return _run_with(cfg, folder, console)
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    with threads(cfg.threads):
+        return _run_with(cfg, folder, console)
 
 
 def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
@@ -95,24 +104,27 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
     if rank_zero_only.rank == 0:
         _set_aside(cfg, folder, console)
-    trainer.loggers = logs = build.loggers(cfg, folder)
-    if rank_zero_only.rank == 0:
-        _begin(cfg, folder)
     record = _head(cfg, folder, task, trainer)
+    trainer.loggers = logs = build.loggers(cfg, folder)
     code = 1
-    with _log_file(folder):
+    with log_file(folder):
         try:
+            if rank_zero_only.rank == 0:
+                _begin(cfg, folder)
             start_panel(_telling(cfg), record["parameters"], console)
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
             code = 0
         except BaseException as error:
+            explained = None if isinstance(error, UserError) else faults.explain(error, cfg, folder)
             record |= {
                 "status": "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed",
-                "error": _sentence(error),
+                "error": _sentence(explained or error),
             }
             logger.error("%s", "".join(traceback.format_exception(error)))
             if isinstance(error, SystemExit):  # Lightning's way of passing on Ctrl-C
                 raise KeyboardInterrupt from None
+            if explained is not None:
+                raise explained from error
             raise
         finally:
             if rank_zero_only.rank == 0:
@@ -233,6 +245,7 @@ def _head(cfg, folder, task, trainer) -> dict[str, Any]:
 def _end(cfg, folder, record, logs, parts, began, code) -> None:
     record["parity"] = parts.parity.record() if parts.parity is not None else None
     record["efficiency"] = parts.efficiency.record() | {"wall_seconds": time.monotonic() - began}
+    record["decays"] = parts.decays.record()
     rows = next(log for log in logs if isinstance(log, MetricsLog))
     rows.save()
     try:
@@ -251,29 +264,11 @@ def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -
     try:
         for key, value in record.get("metrics", {}).get("test", {}).items():
             wandb.run.summary[f"test/{key}"] = value
-        wandb.run.summary["record"] = {
-            k: record.get(k) for k in ("status", "parameters", "state_size", "best", "efficiency", "parity", "git")
-        }
+        wandb.run.summary["record"] = folders.finite({k: v for k, v in record.items() if k != "folder"})
         if figure.is_file():
             wandb.run.log({"run": wandb.Image(str(figure))})
     finally:
         wandb.finish(exit_code=code)
-
-
-def git_state() -> dict[str, Any]:
-    """The commit of the working folder's repository and whether it has uncommitted changes; nulls outside of one."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, timeout=10, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
@@ -286,32 +281,3 @@ def _sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".rstrip(": ")
-
-
-@contextmanager
-def _log_file(folder: Path):
-    """Everything that is logged or warned of goes to train.log in the run folder; Lightning's own remarks go there only."""
-    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    names = ("lightning", "lightning.pytorch", "lightning.fabric", "lba_exp")
-    shown = warnings.showwarning
-
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
-        logger.warning("%s", message)
-        shown(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
-    saved = []
-    for name in names:
-        log = logging.getLogger(name)
-        saved.append((log, list(log.handlers), log.level, log.propagate))
-        log.handlers, log.propagate, log.disabled = [handler], False, False  # Hydra disables loggers between the runs of a sweep
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
-        for log, handlers, level, propagate in saved:
-            log.handlers, log.propagate = handlers, propagate
-            log.setLevel(level)
-        handler.close()

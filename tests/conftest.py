@@ -32,3 +32,13 @@ def small() -> list[str]:
 def _working_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, so that nothing it writes stays."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of LION-S and its record."""
+    import lba_exp
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    record = lba_exp.train(lba_exp.compose([*SMALL, f"folder={folder}"]), quiet=True)
+    return folder, record

@@ -72,6 +72,9 @@ MISTAKES = {
     ("optim.lr=inf",): ("optim.lr=inf", "> 0"),
     ("trainer.max_epochs=0",): ("trainer.max_epochs=0", ">= 1"),
     ("seed=1", "--config-dir", "nowhere"): ("nowhere", "folder"),
+    ("data.source=~/x",): ("data.source=~/x", "\"data.source='~/x'\""),
+    ("data.source=Übung",): ("\"data.source='Übung'\"",),
+    ("data.source=digit",): ("'digit'", "Did you mean digits?", "org/name"),
 }
 
 
@@ -94,6 +97,19 @@ FILES = {
     "# @package _global_\ntrainer: {max_epochs: many}\n": ("trainer.max_epochs=many", "an integer"),
     "seed: 3\n": ("@package _global_", "experiments/"),
     "# @package _global_\nseed: [\n": ("experiments/mine.yaml",),
+    "# @package _global_\ndefaults: [override /model: lion_x]\n": ("experiments/mine.yaml", "did you mean lion_s?", "softmax"),
+    "# @package _global_\ndefaults: [override /modell: lion_d]\n": ("modell", "experiments/mine.yaml", "did you mean model?", "optim"),
+    "# @package _global_\ndefaults: [/model: lion_d]\n": ("override /model: lion_d",),
+    "# @package _global_\ndefaults: [model: lion_d]\n": ("override /model: lion_d",),
+    "# @package _global_\ndefaults: [digits_lion_x]\n": ("experiments: digits_lion_x", "did you mean digits_lion_s?"),
+    "# @package _global_\ndefaults: {model: lion_d}\n": ("defaults in experiments/mine.yaml", "a list"),
+    "# @package _global_\ndefaults: [[model]]\n": ("defaults of experiments/mine.yaml",),
+    "# @package _global_\nmodel: lion_d\n": ("model: lion_d", "experiments/mine.yaml", "override /model: lion_d"),
+    "# @package _global_\noptim: [1, 2]\n": ("optim in experiments/mine.yaml", "a list"),
+    "# @package _global_\ntrainer:\n": ("trainer in experiments/mine.yaml", "nothing"),
+    "# @package _global_\n- seed\n": ("experiments/mine.yaml holds a list",),
+    "# @package _global_\ntrainer: {logger: true}\n": ("trainer.logger (in experiments/mine.yaml)", "logger=csv"),
+    "# @package _global_\nplugins: my_gates\n": ("plugins (in experiments/mine.yaml)", "a list"),
 }
 
 

@@ -12,15 +12,17 @@ MAY_IMPORT = {
     "nn": BASE | {"ops"},
     "models": BASE | {"ops", "nn"},
     "data": BASE | {"messages"},
-    "results": BASE | {"ops", "nn", "models"},
+    "results": BASE | {"messages", "ops", "nn", "models"},
     "tasks": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config"},
+    "bench": BASE | {"ops", "callbacks", "results", "messages"},
     "errors": set(),
     "registry": {"errors"},
     "config": BASE,
     "messages": BASE,
     "checks": BASE | {"config", "messages", "data"},
-    "composing": BASE | {"config", "messages", "checks"},
+    "config_files": BASE | {"checks", "messages"},
+    "composing": BASE | {"config", "config_files", "messages", "checks"},
 }
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,25 +13,16 @@ from omegaconf import OmegaConf
 
 import lba_exp
 from lba_exp import ops, running
-from lba_exp.commands import evaluate as eval_command
+from lba_exp.callbacks.checkpoints import load_checkpoint
 from lba_exp.commands import train as command
 from lba_exp.errors import ConfigError, DataError, ParityError, RunFolderError, UserError
 from lba_exp.results.metrics_log import read_rows
+from lba_exp.tasks.classification import Classification
 from tests import wandb_file
 
 
 def contents(folder: Path) -> dict:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of LION-S and its record."""
-    from tests.conftest import SMALL
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    record = lba_exp.train(lba_exp.compose([*SMALL, f"folder={folder}"]), quiet=True)
-    return folder, record
 
 
 def test_the_record_is_complete(finished):
@@ -181,6 +175,8 @@ def test_the_offline_wandb_run_reads_back(small):
     )
     assert {"lion_s", "digits", "mine"} <= set(config["tags"])
     assert config["model"]["mixer"]["gate"] == "selective" and config["optim"]["lr"] == 0.002
+    stored = json.loads((Path(record["folder"]) / "result.json").read_text())
+    assert wandb_file.summary(Path(record["folder"]))["record"] == {k: v for k, v in stored.items() if k != "folder"}
     logged = {k for row in history for k in row}
     assert {"train/loss", "val/accuracy", "parity/recurrent/rel", "efficiency/tokens_per_second"} <= logged
     accuracies = [row["val/accuracy"] for row in history if "val/accuracy" in row]
@@ -290,26 +286,50 @@ def test_weights_can_start_another_run(small, finished):
         lba_exp.train(lba_exp.compose([*small, f"init_from={best}", "model.width=32"]), quiet=True)
 
 
-def test_eval_reads_a_run_in_any_form_and_split_and_leaves_it_alone(finished, capsys):
-    folder, _ = finished
-    before = contents(folder)
-    eval_command.main([str(folder), "form=recurrent", "split=validation", "--output", "figures.json"])
-    figures = json.loads(Path("figures.json").read_text())
-    assert figures["forms"]["recurrent"]["different"] == 0 and figures["forms"]["recurrent"]["count"] == 180
-    assert contents(folder) == before
-    for arguments in (["form=fast"], ["split=tset"], ["model.width=3"], ["modle=3"], ["--output", "figures.json"]):
-        with pytest.raises(SystemExit) as stop:
-            eval_command.main([str(folder), *arguments])
-        said = capsys.readouterr().err
-        assert stop.value.code == 1 and said.count("\n") == 1, said
-    with pytest.raises(SystemExit):
-        eval_command.main(["nowhere"])
-    assert "no run folder" in capsys.readouterr().err
-
-
 def test_accumulation_and_precision_come_from_the_trainer(small):
     overrides = ["trainer=bf16", *small, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1"]
     record = lba_exp.train(lba_exp.compose(overrides), quiet=True)
     assert record["environment"]["precision"] == "bf16-mixed"
     assert record["best"]["step"] == 3  # 5 batches in steps of 2
     assert record["parity"]["forms"]["recurrent"]["rel"] <= 1e-4
+
+
+def test_a_run_without_checkpoints(small):
+    record = lba_exp.train(lba_exp.compose([*small, "trainer.enable_checkpointing=false", "folder=run"]), quiet=True)
+    assert record["status"] == "finished" and record["best"]["monitor"] == "none: the final weights"
+    assert not Path("run/checkpoints").exists()
+
+
+def test_ctrl_c_is_recorded_in_the_folder_and_in_wandb(small, monkeypatch):
+    true = Classification.training_step
+
+    def interrupted(task, batch, batch_idx):
+        if task.global_step == 7:
+            raise KeyboardInterrupt
+        return true(task, batch, batch_idx)
+
+    cfg = lba_exp.compose([*small, "logger=wandb_offline", "folder=run"])
+    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):
+        planted.setattr(Classification, "training_step", interrupted)
+        lba_exp.train(cfg, quiet=True)
+    assert json.loads(Path("run/result.json").read_text())["status"] == "interrupted"
+    assert wandb_file.read(Path("run"))[2] == 1
+    assert lba_exp.train(cfg, quiet=True)["status"] == "finished"
+    assert [row["step"] for row in read_rows(Path("run/metrics.csv"))] == [5, 10]
+
+
+def test_the_readmes_variant_trains(small):
+    """The three steps of README.md, as they stand there."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    steps = text[text.index("## Add a variant") :]
+    blocks = {language: textwrap.dedent(code) for language, code in re.findall(r"```(\w+)\n(.*?)```", steps, re.S)}
+    name = re.search(r"Write `(\w+)\.py`", text).group(1)
+    Path(f"{name}.py").write_text(blocks["python"])
+    Path("experiments").mkdir()
+    Path("experiments/digits_frozen.yaml").write_text(blocks["yaml"])
+    with pytest.raises(SystemExit) as stop:
+        command.main(["experiments=digits_frozen", "parity=strict", *small, "trainer.max_epochs=1", "folder=run"])
+    assert stop.value.code == 0
+    gates = {k: v for k, v in load_checkpoint(Path("run/checkpoints/best.ckpt"))["state_dict"].items() if k.endswith("gate.logit")}
+    start = sys.modules[name].FrozenGate(16, 2).logit
+    assert gates and all(torch.equal(value, start) for value in gates.values())

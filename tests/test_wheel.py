@@ -25,6 +25,7 @@ def test_the_wheel_carries_every_configuration_file(wheel):
     for room in ("conf", "experiments", "sweeps"):
         for path in (ROOT / room).rglob("*.yaml"):
             assert f"lba_exp/bundled/{path.relative_to(ROOT)}" in names
+    assert {f"lba_exp/results/{file}" for file in ("paper.yaml", "report/page.html", "report/style.css")} <= names
     assert not [n for n in names if n.startswith(("tests", "runs"))]
 
 

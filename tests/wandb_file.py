@@ -32,6 +32,15 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """The summary values of the offline run below a run folder, those with a plain key."""
+    found = {}
+    for record in records(next(folder.glob("wandb/offline-run-*/*.wandb"))):
+        if record.WhichOneof("record_type") == "summary":
+            found |= {update.key: json.loads(update.value_json) for update in record.summary.update if update.key}
+    return found
+
+
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
     """Configuration (with group, name and tags), history rows and exit code of the offline run below a run folder."""
     config: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from lba_exp.commands.common import fail
+from lba_exp.commands.common import check_output, fail
 from lba_exp.errors import UserError
 
 COMMAND = "lba-eval"
@@ -29,8 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             rest.append(override)
     try:
-        if args.output is not None and args.output.exists():
-            raise UserError(f"{args.output} exists already: give another --output.")
+        check_output(args.output)
         from lba_exp.evaluating import evaluate
 
         result = evaluate(args.run, rest, **own)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lba_exp.data.labels import SPLITS, cut_splits, read_labels
+from lba_exp.data.labels import SPLITS, cut_splits, read_labels, some
 from lba_exp.data.loader import ResumableLoader
 from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
 from lba_exp.data.reading import read_splits
@@ -117,6 +117,30 @@ class PixelSequences(pl.LightningDataModule):
             sizes={split: len(found) for split, found in self._splits.items()},
             fingerprint=self._fingerprint(shape),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: how inputs are normalised, what the classes are called, and which data they were."""
+        spec = self.spec
+        kept = {"mean": self._normalise.mean, "deviation": self._normalise.deviation}
+        return kept | {"class_names": list(spec.class_names), "fingerprint": spec.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Called on resume; raises DataError where the data are not those that the checkpoint was made with."""
+        if state["fingerprint"] != self.spec.fingerprint:
+            raise DataError(
+                f"the data of {self.spec.name} have changed since the checkpoint was written: start a new run (name=, or resume=never)."
+            )
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Normalise as a trained model was, whose checkpoint holds ``state``; raises DataError where its classes are others."""
+        theirs, own = list(state["class_names"]), list(self.spec.class_names)
+        named = not all(name.isdecimal() for name in theirs) and not all(name.isdecimal() for name in own)
+        if len(theirs) != len(own) or (named and theirs != own):
+            raise DataError(
+                f"{self.spec.name} has the classes {some(own)}, and the model was trained on {some(theirs)}: give data of those classes, "
+                "in that order."
+            )
+        self._normalise = Normalise(state["mean"], state["deviation"])
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, augmented, in an order of their own every epoch."""

@@ -36,7 +36,7 @@ def read_labels(splits: Mapping[str, Any], column: str, where: str) -> tuple[dic
         kinds, inverse = np.unique(found, return_inverse=True)
         strange = [kind for kind in kinds.tolist() if kind not in number]
         if strange:
-            raise DataError(f"{where}, {split} split: {_some(strange)} in column {column!r} is no class; the classes are {_some(keys)}.")
+            raise DataError(f"{where}, {split} split: {some(strange)} in column {column!r} is no class; the classes are {some(keys)}.")
         labels[split] = np.array([number[kind] for kind in kinds.tolist()], dtype=np.int64)[inverse]
     return labels, names
 
@@ -64,11 +64,12 @@ def _classes(feature: Any, train: np.ndarray, where: str) -> tuple[list, list[st
         return list(range(len(feature.names))), list(feature.names)
     keys = np.unique(train).tolist()
     if train.dtype.kind != "U" and keys != list(range(len(keys))):
-        raise DataError(f"{where}: integer labels must be 0..n-1 without gaps, and these are {_some(keys)}.")
+        raise DataError(f"{where}: integer labels must be 0..n-1 without gaps, and these are {some(keys)}.")
     return keys, [str(key) for key in keys]
 
 
-def _some(values: Iterable) -> str:
+def some(values: Iterable) -> str:
+    """Values in words, at most ten."""
     words = [str(value) for value in values]
     return ", ".join(words if len(words) <= 10 else [*words[:9], "...", words[-1]])
 

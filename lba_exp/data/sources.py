@@ -42,7 +42,10 @@ def resolve_source(source: str) -> Source:
     if is_path:
         raise DataError(_missing(source, path))
     if not HUB_NAME.fullmatch(source):
-        raise DataError(f"{source!r} names no data: give {EMBEDDED}, a local folder, or a hub name such as org/name or org/name:config.")
+        valid = f"{EMBEDDED}, a local folder, or a hub name such as org/name or org/name:config"
+        raise DataError(f"data.source: {source!r} names no data: give {valid}.")
+    if "/" not in source and (near := nearest_embedded(source)):
+        raise DataError(f"data.source: {source!r} is neither embedded nor a folder here.{near} A data set of the hub is org/name.")
     repository, _, config = source.partition(":")
     return Source("hub", repository.split("/")[-1], repository=repository, config=config or None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,9 +62,10 @@ class Classification(pl.LightningModule):
         self.seed = seed
         if hyper_parameters:
             self.save_hyperparameters(hyper_parameters, logger=False)
-        self.train_loss, self.train_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
-        self.val_loss, self.val_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
-        self.test_loss, self.test_accuracy = MeanMetric(), MulticlassAccuracy(classes, average="micro")
+        mean = partial(MeanMetric, nan_strategy="disable")  # torchmetrics would leave the batches out that diverged
+        self.train_loss, self.train_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
+        self.val_loss, self.val_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
+        self.test_loss, self.test_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
         self.train_loss.persistent(True)
         self.train_accuracy.persistent(True)
 

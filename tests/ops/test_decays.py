@@ -84,7 +84,6 @@ def test_gradients_reach_the_gates():
     [
         ({"log_gate": -torch.rand(2, 5, 3), "convention": "keys"}, "convention.*'keys'.*'key', 'query', 'symmetric'.*did you mean 'key'"),
         ({"log_gate": torch.rand(2, 5, 3) + 0.1}, "log_gate.*<= 0"),
-        ({"log_gate": torch.tensor([float("nan")])}, "log_gate.*<= 0"),
         ({"log_gate": -torch.rand(1, 2, 5, 3, 1)}, "log_gate.*shape"),
         ({"log_gate": -torch.rand(2, 5, 3).half()}, "log_gate.*dtype"),
         ({"log_gate": 0.5}, "log_gate.*float"),

@@ -1,0 +1,91 @@
+"""Time, peak memory and failures of single calls."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+LONGEST_TURN = 1000  # calls of one form in a row
+
+T = TypeVar("T")
+
+
+class Problem(NamedTuple):
+    """Why a cell holds no figures: "skipped", "out of memory", "not available here" or "failed", and the reason in words."""
+
+    status: str
+    reason: str | None
+
+
+def attempt(function: Callable[[], T]) -> tuple[T | None, Problem | None]:
+    """The function's result, or what went wrong; the exception is dropped at once, and with it the tensors that its frames hold."""
+    try:
+        return function(), None
+    except Exception as error:
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+            return None, Problem("out of memory", None)
+        if isinstance(error, ValueError) and text.startswith("form:"):  # the operator names the argument
+            return None, Problem("not available here", text.removeprefix("form:").strip())
+        return None, Problem("failed", f"{type(error).__name__}: {text}")
+
+
+def release(device: torch.device) -> None:
+    """On CUDA, give memory that nothing refers to back to the device; on the CPU that has happened already."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of ``count`` calls in a row: by events on CUDA, by the clock on the CPU."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for start, end in pairs:
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, Problem]]:
+    """Milliseconds of every call, by contender, and the contenders that broke.
+
+    After a call each to warm up, which tells how long a call takes, the contenders take ``repeats`` turns, in alternating order, so that
+    whatever else the machine does hits all alike. A turn is as many calls as fit into ``seconds / repeats``, at least one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    problems: dict[str, Problem] = {}
+    turns = {}
+    for name, call in calls.items():
+        warm, problems[name] = attempt(lambda call=call: timed(call, 1, device)[0])
+        if warm is not None:
+            turns[name] = max(1, min(LONGEST_TURN, int(1e3 * seconds / repeats / max(warm, 1e-6))))
+    for turn in range(repeats):
+        for name in list(turns) if turn % 2 == 0 else list(reversed(turns)):
+            if problems[name] is None:
+                found, problems[name] = attempt(lambda name=name: timed(calls[name], turns[name], device))
+                times[name] += found or []
+    return times, {name: problem for name, problem in problems.items() if problem is not None}
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Median, quartiles (milliseconds) and the number of calls."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median_ms": middle, "quartile_1_ms": low, "quartile_3_ms": high, "calls": len(times)}

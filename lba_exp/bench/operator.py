@@ -1,0 +1,202 @@
+"""The operator's forms and softmax attention over a grid of cases, cell by cell."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import lba_exp
+from lba_exp import ops
+from lba_exp.bench import exact
+from lba_exp.bench.cases import EPS, SOFTMAX, Case, Inputs, call, draw, needed_bytes
+from lba_exp.bench.measure import Problem, attempt, release, summary, take_turns
+from lba_exp.bench.settings import Settings, one
+from lba_exp.callbacks.memory import LiveTensors
+from lba_exp.errors import ConfigError
+
+Cell = dict[str, Any]
+
+
+def find_device(settings: Settings) -> torch.device:
+    """The device of ``settings.device``.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; give cpu or auto.")
+    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+
+
+def find_forms(settings: Settings, device: torch.device) -> tuple[str, ...]:
+    """The forms to measure: those named, or all of the operator's that run on the device ("auto", which is one of them, left out).
+
+    Raises:
+        ConfigError: a name that is no form.
+    """
+    if settings.forms is not None:
+        return tuple(one("forms", form, ops.FORMS, "a form") for form in settings.forms)
+    case = Case("none", settings.dtypes[0], 1, 16, settings)
+    inputs = draw(case, device)
+    problems = {form: attempt(call(form, case, inputs, backward=False))[1] for form in ops.FORMS if form != "auto"}
+    return tuple(form for form, problem in problems.items() if problem is None or problem.status != "not available here")
+
+
+def memory_budget(settings: Settings, device: torch.device) -> float:
+    """Bytes of working memory that a form may take."""
+    if settings.memory_budget_gib is not None:
+        return settings.memory_budget_gib * 2**30
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader of the figures must know of the machine; nothing that identifies a person."""
+    on_cuda = device.type == "cuda"
+    cpu = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "lba_exp": lba_exp.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "load_average": load_average(),
+        "memory_method": LiveTensors(device).method,
+    }
+
+
+def load_average() -> list[float]:
+    """Processes that ran or waited, averages of the last 1, 5 and 15 minutes: above the number of processors, the machine is busy."""
+    return [round(x, 2) for x in os.getloadavg()]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """``count`` of torch's threads inside; None: as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cases(settings: Settings) -> list[Case]:
+    """The grid, the lengths innermost."""
+    return [
+        Case(decay, dtype, settings.batch_at(length), length, settings)
+        for dtype in settings.dtypes
+        for decay in settings.decays
+        for length in settings.lengths
+    ]
+
+
+def measure(settings: Settings, forms: tuple[str, ...], device: torch.device, tell: Callable[[str, int], None]) -> Iterator[list[Cell]]:
+    """The cells of one case and pass after the other.
+
+    Args:
+        settings: the grid.
+        forms: from ``find_forms``.
+        device: from ``find_device``.
+        tell: called with what is done next, and with the number of cells done since the last call.
+    """
+    contenders = (*forms, SOFTMAX) if settings.softmax else forms
+    budget = memory_budget(settings, device)
+    for case in cases(settings):
+        release(device)
+        prepared, problem = attempt(lambda case=case: _prepare(case, contenders, device))
+        for part in settings.passes:
+            if problem is not None:
+                cells = [_head(case, part, name) | _empty(problem) for name in contenders]
+            else:
+                cells = _measure_pass(case, part, contenders, *prepared, budget, device, tell)
+            yield cells
+            tell("", len(cells))
+        del prepared
+
+
+def _prepare(case: Case, contenders: tuple[str, ...], device: torch.device) -> tuple[Inputs, list[exact.Row], dict[str, torch.Tensor]]:
+    """Inputs, the rows that are judged, and what is right there: contender -> rows in float64."""
+    inputs = draw(case, device)
+    rows = exact.sample_rows(case.batch, case.length)
+    s = case.settings
+    right = exact.linear_rows(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.forward_log_decay,
+        inputs.backward_log_decay,
+        rows,
+        scaled=s.scaled,
+        direction=s.direction,
+        eps=EPS,
+    )
+    expected = dict.fromkeys(contenders, right)
+    if SOFTMAX in contenders:
+        expected[SOFTMAX] = exact.softmax_rows(inputs.q, inputs.k, inputs.v, rows)
+    return inputs, rows, expected
+
+
+def _measure_pass(case, part, contenders, inputs, rows, expected, budget, device, tell) -> list[Cell]:
+    """Each contender's memory and error in a run of its own, then the time of all, in turns."""
+    cells, calls = {}, {}
+    where = f"{case.decay}, {case.dtype}, {part}, {case.length:,} tokens"
+    for name in contenders:
+        tell(f"{where}: {name}, memory and error", 0)
+        cells[name] = _head(case, part, name)
+        needed = needed_bytes(name, case, part == "both", device)
+        if needed > budget:
+            cells[name] |= _empty(Problem("skipped", f"needs about {needed / 2**30:.3g} GiB"))
+            continue
+        figures, problem = attempt(lambda name=name: _memory_and_error(name, case, part, inputs, rows, expected[name], device))
+        if problem is None:
+            cells[name] |= figures
+            calls[name] = call(name, case, inputs, part == "both")
+        else:
+            cells[name] |= _empty(problem)
+            release(device)
+    tell(f"{where}: time", 0)
+    times, problems = take_turns(calls, case.settings.repeats, case.settings.seconds, device)
+    for name in calls:
+        cells[name] |= _empty(problems[name]) if name in problems else summary(times[name]) | {"status": "measured"}
+    base = cells.get(SOFTMAX, {}).get("median_ms")
+    for cell in cells.values():
+        measured = base is not None and cell["median_ms"] is not None
+        cell["softmax_over_form"] = base / cell["median_ms"] if measured else None
+    return list(cells.values())
+
+
+def _memory_and_error(name, case, part, inputs, rows, right, device) -> Cell:
+    function = call(name, case, inputs, part == "both")
+    if device.type == "cuda":
+        function()  # libraries take their workspaces, kernels are built
+    with LiveTensors(device) as memory:
+        y = function()
+    error = exact.relative_error(y.transpose(1, 2) if name == SOFTMAX else y, rows, right)
+    return {
+        "peak_bytes": memory.bytes,
+        "peak_over_io": None if memory.bytes is None else memory.bytes / case.io_bytes,
+        "error": error,
+        "reason": None if math.isfinite(error) else "the output is not finite",
+    }
+
+
+def _head(case: Case, part: str, name: str) -> Cell:
+    head = {"decay": case.decay, "dtype": case.dtype, "pass": part, "batch": case.batch, "length": case.length, "form": name}
+    return head | _empty(Problem("", None))
+
+
+def _empty(problem: Problem) -> Cell:
+    figures = ("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "softmax_over_form", "peak_bytes", "peak_over_io", "error")
+    return {"status": problem.status, "reason": problem.reason} | dict.fromkeys(figures)

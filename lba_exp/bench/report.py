@@ -1,0 +1,173 @@
+"""A benchmark's record as tables on the screen, table.md, table.csv and result.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lba_exp.bench.growth import decay_name, groups, pass_name, sentence
+from lba_exp.callbacks.memory import LIVE_TENSORS
+from lba_exp.results.folder import write_atomically, write_record
+from lba_exp.results.screen import binary_size, scientific
+
+COLUMNS = ("length", "form", "time", "softmax / form", "peak memory", "x (q, k, v, y)", "error")
+CSV_COLUMNS = (
+    *("dtype", "decay", "pass", "batch", "length", "form", "status", "reason", "median_ms", "quartile_1_ms", "quartile_3_ms", "calls"),
+    *("softmax_over_form", "peak_bytes", "peak_over_io", "error"),
+)
+
+Record = Mapping[str, Any]
+
+
+def write(record: Record, folder: Path) -> None:
+    """Write every file of a benchmark into a folder that exists: the record, both tables and the figure."""
+    from lba_exp.bench.figure import draw
+
+    write_record(folder, dict(record))
+    write_atomically(folder / "table.md", markdown(record))
+    write_atomically(folder / "table.csv", comma_separated(record))
+    draw(record).savefig(folder / "figure.png", format="png")
+
+
+def show(record: Record) -> None:
+    """Print one table per dtype, decay and pass, then what was not measured and the crossovers."""
+    console = Console(width=10_000, highlight=False)  # rich would cut what is wider than the terminal
+    for key, cells in groups(record["cells"]).items():
+        console.print(Text(_title(record, key), style="bold"))
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
+        length = None
+        for cell in cells:
+            if length not in (None, cell["length"]):
+                table.add_section()
+            length = cell["length"]
+            table.add_row(*(Text(text) for text in row(cell)))
+        console.print(table)
+        console.print()
+    for line in notes(record):
+        console.print(Text(line, style="dim"))
+    for line in reasons(record):
+        console.print(Text(line, style="yellow"))
+    for entry in record["crossovers"]:
+        console.print(Text(sentence(entry)))
+
+
+def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    """A cell's line of the table, as COLUMNS; what was not measured says so in place of its time."""
+    if cell["status"] != "measured":
+        told = f"skipped: {cell['reason']}" if cell["status"] == "skipped" else cell["status"]
+        return (f"{cell['length']:,}", cell["form"], told, "", "", "", "")
+    return (
+        f"{cell['length']:,}",
+        cell["form"],
+        milliseconds(cell["median_ms"]),
+        "" if cell["softmax_over_form"] is None else f"{cell['softmax_over_form']:.2f}",
+        binary_size(cell["peak_bytes"]),
+        "" if cell["peak_over_io"] is None else f"{cell['peak_over_io']:.2f}",
+        cell["reason"] or scientific(cell["error"]),
+    )
+
+
+def spread(cells: Iterable[Mapping[str, Any]]) -> str:
+    """How far the quartiles of a cell's times lie apart: what tells a quiet machine from a busy one."""
+    shares = sorted((c["quartile_3_ms"] - c["quartile_1_ms"]) / c["median_ms"] for c in cells if c["status"] == "measured")
+    if not shares:
+        return "nothing was measured"
+    return (
+        f"the quartiles of a cell lie {shares[len(shares) // 2]:.0%} of its median apart in the middle cell, {shares[-1]:.0%} in the worst"
+    )
+
+
+def reasons(record: Record) -> list[str]:
+    """Why cells failed or are not available here, each reason once."""
+    told = [cell for cell in record["cells"] if cell["status"] in ("failed", "not available here")]
+    return list(dict.fromkeys(f"{cell['form']} {cell['status']}: {cell['reason']}" for cell in told))
+
+
+def milliseconds(value: float) -> str:
+    """About three digits."""
+    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f} ms"
+
+
+def notes(record: Record) -> list[str]:
+    """What the columns mean."""
+    method = record["environment"]["memory_method"]
+    load = f"load average {record['environment']['load_average'][0]} before, {record['load_average_after']} after"
+    unseen = ", scratch space inside a single kernel not seen" if method == LIVE_TENSORS else ""
+    return [
+        f"time: median of at least {record['settings']['repeats']} calls, in turns with the other forms of the same case; "
+        "softmax / form: time of scaled_dot_product_attention (not causal) over the form's, same length, dtype and turns.",
+        f"spread: {spread(record['cells'])}; {load}.",
+        f"peak memory: beside the inputs, output and gradients included ({method}{unseen}); x (q, k, v, y): as a multiple of these four.",
+        f"error: relative L2 against direct summation in float64 over up to {record['judged_rows']} rows (sequence, token) at every head, "
+        "softmax against softmax in float64.",
+    ]
+
+
+def markdown(record: Record) -> str:
+    """The whole benchmark as a Markdown page."""
+    git, environment = record["git"], record["environment"]
+    dirty = ", with uncommitted changes" if git["dirty"] else ""
+    lines = [
+        "# Operator benchmark",
+        "",
+        f"`{record['command']}`",
+        "",
+        f"{record['began']}, commit {git['commit'] or 'unknown'}{dirty}, {record['status']}. "
+        + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in environment.items() if value is not None)
+        + ".",
+        "",
+    ]
+    for note in (*notes(record), *reasons(record)):
+        lines += [note, ""]
+    for key, cells in groups(record["cells"]).items():
+        lines += [f"## {_title(record, key)}", "", *_markdown_table(COLUMNS, [row(cell) for cell in cells]), ""]
+    if record["crossovers"]:
+        lines += ["## Crossovers", "", *(f"- {sentence(entry)}" for entry in record["crossovers"]), ""]
+    if record["growth"]:
+        constant = ", at constant B L" if record["settings"]["tokens"] else ""
+        lines += [f"## Growth: time at a length over time at the one before{constant}", "", *_growth_table(record["growth"]), ""]
+    return "\n".join(lines)
+
+
+def _growth_table(growth: list[Record]) -> list[str]:
+    """A line per form, a column per step from one length to the next."""
+    steps = sorted({(g["from"], g["to"]) for g in growth})
+    lines: dict[tuple[str, ...], dict[tuple[int, int], str]] = {}
+    for g in growth:
+        key = (g["dtype"], decay_name(g["decay"]), pass_name(g["pass"]), g["form"])
+        lines.setdefault(key, {})[g["from"], g["to"]] = f"{g['time_ratio']:.2f}"
+    head = ("dtype", "decay", "pass", "form", *(f"{left:,} to {right:,}" for left, right in steps))
+    return _markdown_table(head, [(*key, *(ratios.get(step, "") for step in steps)) for key, ratios in lines.items()])
+
+
+def comma_separated(record: Record) -> str:
+    """Every cell, one a line, numbers in full."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record["cells"])
+    return text.getvalue()
+
+
+def _markdown_table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _title(record: Record, key: tuple[str, str, str]) -> str:
+    dtype, decay, part = key
+    s = record["settings"]
+    batch = f"B L = {s['tokens']:,}" if s["tokens"] else f"B = {s['batch']}"
+    options = ("" if s["scaled"] else ", unscaled") + ("" if s["direction"] == "both" else f", {s['direction']} direction only")
+    sizes = f"{batch}, H = {s['heads']}, Dk = {s['key_width']}, Dv = {s['value_width']}"
+    return f"{decay_name(decay)}, {dtype}, {pass_name(part)}{options} ({sizes})"

@@ -1,0 +1,160 @@
+"""``lba-bench``: what the parts cost on the device at hand.
+
+lba-bench operator --lengths 1024,4096,16384 --decays selective --output bench/operator
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, read
+from lba_exp.commands.common import fail
+from lba_exp.errors import RunFolderError, UserError
+
+COMMAND = "lba-bench"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, with 1 after a mistake or a form that failed, with 2 for an unknown flag, with 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(arguments)
+    try:
+        code = args.run(args, shlex.join([COMMAND, *arguments]))
+    except UserError as error:
+        fail(COMMAND, str(error))
+        code = 1
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    one = benches.add_parser(
+        "operator",
+        help="time, memory and error of the operator's forms, beside softmax attention",
+        description="Time, peak memory and error of the operator's forms over a grid of cases, beside softmax attention in the same run.",
+        allow_abbrev=False,
+    )
+    one.set_defaults(run=operator)
+    one.add_argument("--forms", help="comma-separated forms of lba_exp.ops (all that run on the device, but auto)")
+    one.add_argument("--lengths", default="256,1024,4096", help="comma-separated sequence lengths, in tokens (%(default)s)")
+    one.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)} (%(default)s)")
+    one.add_argument("--decays", default=",".join(DECAYS), help=f"of {', '.join(DECAYS)}: vector is selective per channel (all)")
+    one.add_argument("--passes", default=",".join(PASSES), help="forward, both: both is forward and backward (all)")
+    one.add_argument("--batch", help="sequences B (1)")
+    one.add_argument("--tokens", metavar="N", help="in place of --batch: N / length sequences at every length")
+    one.add_argument("--heads", default="4", help="H (%(default)s)")
+    one.add_argument("--key-width", default="64", help="Dk (%(default)s)")
+    one.add_argument("--value-width", default="64", help="Dv (%(default)s)")
+    one.add_argument("--unscaled", action="store_true", help="without the division by the denominator")
+    one.add_argument("--direction", default="both", help=f"{', '.join(DIRECTIONS)} (%(default)s)")
+    one.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
+    one.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    one.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
+    one.add_argument("--repeats", default="5", help="turns of each form within a case (%(default)s)")
+    one.add_argument("--seconds", default="1", help="time that the turns of one form take together, at least one call each (%(default)s)")
+    one.add_argument("--no-softmax", action="store_true", help="without softmax attention")
+    one.add_argument("--memory-budget-gib", help="skip a form that needs more (what the device has free; on the CPU half of all)")
+    one.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figure.png")
+    return parser
+
+
+def operator(args: argparse.Namespace, command: str) -> int:
+    """``lba-bench operator``: measure, print, write; returns the exit code."""
+    settings = read(vars(args))
+    folder: Path | None = args.output
+    if folder is not None and folder.exists():
+        raise RunFolderError(f"--output {folder} exists already: give a new folder.")
+    from lba_exp.bench import operator as bench  # torch: imported once the options are known to be right
+
+    device = bench.find_device(settings)
+    with bench.threads(settings.threads):
+        forms = bench.find_forms(settings, device)
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise RunFolderError(f"--output {folder} cannot be made ({error.strerror}): give another folder.") from None
+        return _run(bench, settings, forms, device, folder, command)
+
+
+def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, folder: Path | None, command: str) -> int:
+    from lba_exp.bench import report
+    from lba_exp.bench.exact import ROWS
+    from lba_exp.bench.growth import crossovers, growth
+    from lba_exp.results.folder import write_record
+    from lba_exp.results.git import git_state
+
+    record: dict[str, Any] = {
+        "kind": "operator benchmark",
+        "status": "running",
+        "command": command,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "environment": bench.environment(device),
+        "settings": asdict(settings) | {"forms": list(forms)},
+        "judged_rows": ROWS,
+        "cells": [],
+    }
+    cells = record["cells"]
+    number = len(bench.cases(settings)) * len(settings.passes) * (len(forms) + settings.softmax)
+    try:
+        with _progress(number) as tell:
+            for found in bench.measure(settings, forms, device, tell):
+                cells += found
+                if folder is not None:  # a process that is killed leaves what it had
+                    write_record(folder, record)
+        record["status"] = "finished"
+    except KeyboardInterrupt:
+        record["status"] = "interrupted"
+    except BaseException:
+        record["status"] = "failed"
+        raise
+    finally:
+        record["load_average_after"] = bench.load_average()[0]
+        record |= {"crossovers": crossovers(cells), "growth": growth(cells)}
+        if folder is not None:  # before the screen, which may be a pipe that is closed
+            report.write(record, folder)
+        report.show(record)
+        if folder is not None:
+            print(f"written to {folder}")
+    if record["status"] == "interrupted":
+        fail(COMMAND, f"stopped by the user after {len(cells)} of {number} cells.")
+        return 130
+    broken = [cell for cell in cells if cell["status"] == "failed"]
+    if broken:
+        fail(COMMAND, f"{len(broken)} of {number} cells failed, the first one ({broken[0]['form']}) with: {broken[0]['reason']}")
+    return 1 if broken else 0
+
+
+def _progress(total: int) -> Any:
+    """A line of progress on stderr where that is a terminal: a context that gives ``tell(what is done, cells done since)``."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def showing():
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        # redrawn by tell alone: a thread of its own would take time from what is measured
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False) as bar:
+            task = bar.add_task("", total=total)
+
+            def tell(text: str, done: int) -> None:
+                bar.update(task, advance=done, **({"description": text} if text else {}), refresh=True)
+
+            yield tell
+
+    return showing()
+
+
+if __name__ == "__main__":
+    main()

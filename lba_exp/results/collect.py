@@ -1,0 +1,214 @@
+"""Runs out of their folders, as rows for tables: read with json and yaml alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lba_exp.errors import UserError
+from lba_exp.messages import unknown
+from lba_exp.results import naming
+
+FINISHED, UNFINISHED, UNREADABLE = "finished", "unfinished", "unreadable"
+STATUSES = (FINISHED, "failed", "interrupted", UNFINISHED, UNREADABLE)
+# Short names for keys of a record; every other key is one of the record's or of the configuration's.
+ALIASES = {"model": "variant"}
+ABSENT = "—"  # how the label of a key reads that a run does not have
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        place: where it lies: its folder, or its address on W&B.
+        record: what ``result.json`` holds; where there is none, what the configuration tells of it.
+        config: the resolved configuration; empty where it cannot be read.
+        status: ``finished``, ``failed``, ``interrupted``, ``unfinished`` (no record yet: it runs, or was killed) or ``unreadable``.
+        error: why there is no result; None where there is one.
+    """
+
+    place: str
+    record: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    status: str = FINISHED
+    error: str | None = None
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, of the record's upper level, then the configuration, then the rest of the record."""
+        upper = {k: v for k, v in self.record.items() if not isinstance(v, Mapping)}
+        return {**_flatten(self.record, "."), **_flatten(self.config, "."), **upper}
+
+    @cached_property
+    def numbers(self) -> dict[str, float | None]:
+        """Metric -> value; None where the record says that there is no (finite) number. See ``metric_name`` for how they are called."""
+        found = {}
+        for key, value in _flatten(self.record, "/").items():
+            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+                finite = value is not None and abs(value) < float("inf")
+                found[key.removeprefix("metrics/").replace("parity/forms/", "parity/")] = value if finite else None
+        return found
+
+    def label(self, key: str) -> str:
+        """The value of a key as text: ``model``, ``data``, ``seed``, ``row``, ``sweep``, ..., or a key of the configuration."""
+        value = self.flat.get(ALIASES.get(key, key), ABSENT)
+        if isinstance(value, bool) or value is None:
+            return {True: "true", False: "false", None: "none"}[value]
+        return str(value)
+
+
+def _flatten(node: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, separator, path + separator)
+        else:
+            flat[path] = value
+    return flat
+
+
+def collect(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """The runs in and below some folders, in order of their paths, each once.
+
+    A run folder is one with a ``config.yaml``; nothing is searched inside of it. What was set aside by ``resume=never`` and the runs of
+    ``debug=`` count only where they are named themselves.
+
+    Returns:
+        The runs, and remarks on what was left out.
+    Raises:
+        UserError: a path is no folder, or no run lies in or below them.
+    """
+    found: dict[Path, Run] = {}
+    debug = 0
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: give run folders, or folders that hold some (runs).")
+        for folder in _run_folders(path):
+            identity = folder.resolve()
+            if identity in found:
+                continue
+            run = read_run(folder)
+            if run.flat.get("origin.debug") and folder != path:
+                debug += 1
+                continue
+            found[identity] = run
+    if not found:
+        hint = f" but {_count(debug, 'run')} of debug=" if debug else ""
+        raise UserError(f"no run lies in or below {', '.join(map(str, paths))}{hint}: a run folder holds config.yaml.")
+    return list(found.values()), [f"Left out: {_count(debug, 'run')} of debug=."] if debug else []
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _run_folders(path: Path) -> Iterable[Path]:
+    for place, folders, files in os.walk(path):
+        if "config.yaml" in files:
+            folders.clear()
+            yield Path(place)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and ".aside" not in f)
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder; whatever is wrong in it becomes the run's status and error, never an exception."""
+    config, record, error = {}, None, None
+    try:
+        config = yaml.load((folder / "config.yaml").read_text("utf-8"), _Loader)
+        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+            config, error = {}, "config.yaml is not a run's configuration"
+    except (OSError, ValueError, yaml.YAMLError):
+        config, error = {}, "config.yaml cannot be read"
+    if (folder / "result.json").is_file():
+        try:
+            record = json.loads((folder / "result.json").read_text("utf-8"))
+            if not isinstance(record, dict) or record.get("status") not in STATUSES:
+                record, error = None, "result.json is not a run's record"
+        except (OSError, ValueError):
+            error = "result.json cannot be read"
+    elif error is None:
+        return Run(str(folder), _told_by(config), config, UNFINISHED, "no result.json: it runs still, or was killed")
+    if error is not None:
+        return Run(str(folder), {**_told_by(config), **(record or {})}, config, UNREADABLE, error)
+    return Run(str(folder), {**_told_by(config), **record}, config, record["status"], record.get("error"))
+
+
+def _told_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration alone tells of a run, under a record's keys."""
+    try:
+        needed = {key: config[key] for key in ("name", "seed", "origin")}  # OmegaConf takes 16 ms for a whole configuration
+        model, data = ({key: config[group][key] for key in keys} for group, keys in (("model", ["name"]), ("data", ["name", "source"])))
+        cfg = OmegaConf.create({**needed, "model": model, "data": data})
+        return {
+            "name": naming.name(cfg),
+            "variant": cfg.model.name,
+            "group": naming.group(cfg),
+            "data": naming.data_name(cfg),
+            "experiment": cfg.origin.experiment,
+            "sweep": cfg.origin.sweep,
+            "row": cfg.origin.get("row"),
+            "seed": cfg.seed,
+        }
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError):  # a configuration of another version, or none
+        return {}
+
+
+def metric_name(metric: str, runs: Sequence[Run]) -> str:
+    """The full name of a metric: ``test/accuracy``, ``validation/loss`` (or ``val/loss``), ``parity/recurrent/rel``, ``parameters``,
+    ``efficiency/wall_seconds`` (or ``wall_seconds``), ...
+
+    Raises:
+        UserError: no finished run has it.
+    """
+    finished = [run for run in runs if run.status == FINISHED]
+    known = dict.fromkeys(key for run in finished for key in run.numbers)
+    name = metric.replace(".", "/")
+    name = f"validation/{name[4:]}" if name.startswith("val/") else name
+    for candidate in (name, f"efficiency/{name}"):
+        if candidate in known or not finished:
+            return candidate
+    listed = sorted({k for run in finished for k, v in run.numbers.items() if v is not None and not k.startswith(("environment/", "seed"))})
+    raise UserError(f"--metric: {unknown(metric, listed, 'a metric of these runs')}")
+
+
+def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> None:
+    """Raises UserError for a key that no run has."""
+    known = dict.fromkeys(key for run in runs for key, value in run.flat.items() if not isinstance(value, list | dict | float))
+    known |= dict.fromkeys(key for run in runs for key in _flatten(run.config, "."))
+    for key in keys:
+        if ALIASES.get(key, key) not in known:
+            short = [*ALIASES, "task", *(k for k in runs[0].record if k in known and k != "variant")]
+            nearest = unknown(key, known, "a key of these runs").partition("?")
+            hint = f"{nearest[0]}? " if nearest[1] else f"{key!r} is not a key of these runs. "
+            raise UserError(f"{option}: {hint}Valid: {', '.join(dict.fromkeys(short))}, or a key of config.yaml such as optim.lr.")
+
+
+def select(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
+    """The runs that fulfil every condition ``key=value`` or ``key=value,value``.
+
+    Raises:
+        UserError: a condition is none, names no key, or nothing is left.
+    """
+    kept = list(runs)
+    for condition in conditions:
+        key, equals, values = condition.partition("=")
+        if not equals:
+            raise UserError(f"--where {condition}: write key=value, or key=value,value.")
+        check_keys([key], runs, "--where")
+        there = sorted({run.label(key) for run in kept})
+        kept = [run for run in kept if run.label(key) in values.split(",")]
+        if not kept:
+            raise UserError(f"--where {condition} leaves no run: {key} is {', '.join(there)} here.")
+    return kept
