@@ -3,11 +3,19 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["lba_exp.running", "lba_exp.composing", "lba_exp.data.images", "lba_exp.models.classifier", "sklearn.datasets"]
+    [
+        "lba_exp.running",
+        "lba_exp.commands.train",
+        "lba_exp.sweeping.local",
+        "lba_exp.data.images",
+        "lba_exp.models.classifier",
+        "sklearn.datasets",
+    ]
 )
 
 
@@ -50,3 +58,66 @@ def run(folder: Path, overrides: list[str], kill: tuple[str, int] | None = None)
         answer = None
     process.join()
     return process.exitcode, answer
+
+
+class _Forked:
+    """A job as a fork of the sweep's process; what ``lba_exp.sweeping.local`` needs of a started process."""
+
+    def __init__(self, pid: int):
+        self.pid, self._code = pid, None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+
+def _fork_job(arguments, log, environment) -> _Forked:
+    sys.stdout.flush()
+    if pid := os.fork():
+        return _Forked(pid)
+    code = 1
+    try:
+        os.setsid()
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
+        from lba_exp.commands import job
+
+        job.main(list(arguments))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _sweep(folder: str, arguments: list[str]) -> None:
+    os.chdir(folder)
+    with open("screen", "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from lba_exp.commands import train
+    from lba_exp.sweeping import local
+
+    local.start = _fork_job
+    train.main(arguments)
+
+
+def start_sweep(folder: Path, arguments: list[str]):
+    """``lba-train ARGUMENTS`` in ``folder``, in a process of its own that forks its jobs; its screen is the file ``screen`` there."""
+    (folder / "screen").unlink(missing_ok=True)
+    process = CONTEXT.Process(target=_sweep, args=(str(folder), arguments))
+    process.start()
+    return process
+
+
+def sweep(folder: Path, arguments: list[str]) -> tuple[int, str]:
+    """The same to its end: (exit code, screen)."""
+    process = start_sweep(folder, arguments)
+    process.join()
+    return process.exitcode, (folder / "screen").read_text()

@@ -14,6 +14,7 @@ import lba_exp
 from lba_exp import checks, composing, config, registry
 from lba_exp.commands import train as command
 from lba_exp.errors import ConfigError, UserError
+from lba_exp.sweeping import plan as planning
 
 
 def write(path: Path, text: str) -> None:
@@ -57,15 +58,15 @@ MISTAKES = {
     ("+model.mixer.options.a=1",): ("model.mixer.options", "'linear' takes none"),
     ("-m", "sweeps=digits", "model.width=7"): ("model.width=7", "heads"),
     ("-m", "model=lion_s,lion_t"): ("lion_t", "did you mean lion_"),
-    ("-m", "seed=1,2", "trainer.devices=2"): ("trainer.devices=2", "-m"),
+    ("-m", "seed=1,2", "trainer.devices=2", "hydra/launcher=joblib"): ("trainer.devices=2", "hydra/launcher=local"),
     ("--config-dir", "nowhere"): ("nowhere", "folder"),
     ("--config-name", "nix"): ("--config-name", "--config-dir"),
     ("hydra.run.dir=here",): ("hydra.run.dir", "folder="),
     ("model=null",): ("model=None", "Valid"),
     ("=3",): ("names no key",),
     ("-m", "seed=interval(0,3)"): ("seed=interval(0,3)", "seed=A,B,C"),
-    ("-m", "sweeps=digits,digits_search"): ("one sweep at a time",),
-    ("-m", "trainer.devices=1,2"): ("trainer.devices=2", "-m"),
+    ("-m", "sweeps=digits,digits_search"): ("sweeps=digits,digits_search", "one sweeps at a time"),
+    ("-m", "trainer.num_nodes=1,2"): ("trainer.num_nodes=2", "hydra/launcher=submitit_slurm"),
     ("-m", "model.heads=4,5", "seed=0,1"): ("model.heads=5", "does not divide"),
     ("optim.betas=[0.9,x]",): ("optim.betas", "a list"),
     ("optim.lr=${optim.foo}",): ("optim.foo",),
@@ -160,19 +161,18 @@ def test_every_entry_composes():
         needs = ["data.source=digits"] if experiment.startswith("fashion") else []
         assert composing.compose([f"experiments={experiment}", *needs]).origin.experiment == experiment
     for sweep in composing.options("sweeps"):
-        jobs = composing.check_sweep([f"sweeps={sweep}"])
-        assert len({tuple(j) for j in jobs}) == len(jobs) > 1
+        jobs = planning.plan([f"sweeps={sweep}"]).jobs
+        assert len({job.folder for job in jobs}) == len(jobs) > 1
 
 
 def test_the_digits_sweep_is_models_by_seeds():
-    jobs = composing.sweep_jobs(["sweeps=digits"])
-    assert len(jobs) == 12
-    chosen = {tuple(o for o in job if o.startswith(("experiments=", "seed="))) for job in jobs}
-    assert len(chosen) == 12 and ("experiments=digits_lion_d", "seed=2") in chosen
+    jobs = planning.plan(["sweeps=digits"]).jobs
+    chosen = {(job.cfg.origin.experiment, job.cfg.model.name, job.cfg.seed) for job in jobs}
+    assert len(chosen) == len(jobs) == 12 and ("digits_lion_d", "lion_d", 2) in chosen
 
 
 def test_the_command_line_wins_over_the_sweep_file():
-    assert len(composing.sweep_jobs(["sweeps=digits", "seed=5"])) == 4
+    assert len(planning.plan(["sweeps=digits", "seed=5"]).jobs) == 4
 
 
 def test_the_working_folder_comes_before_the_package():

@@ -65,7 +65,7 @@ def _die_with(parent: int) -> None:
 
 
 def perform(compose: Callable[[], DictConfig]) -> dict[str, Any]:
-    """One run and how it ended: ``status`` (done, skipped, failed, in use, interrupted), ``error``, ``seconds``. Never raises for a failed run."""
+    """One run and how it ended: ``status`` (done, skipped, failed, in use, interrupted), ``error``, ``seconds``. Never raises."""
     began = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
     try:

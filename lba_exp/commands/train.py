@@ -28,7 +28,7 @@ DRY_RUN = "--dry-run"  # with -m: print the jobs, run nothing
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with 0, with 1 after a mistake or a failed run, with 2 for an unknown flag, with 128 + n when signal n stops it."""
+    """Entry point; exits with 0, with 1 after a mistake or a failed run, 2 for an unknown flag, 128 + n where signal n stops it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     dry_run = DRY_RUN in arguments
     arguments = [a for a in arguments if a != DRY_RUN]

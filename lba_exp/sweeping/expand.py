@@ -206,7 +206,8 @@ def _with_command_line(axes: list[Axis], overrides: Sequence[Override]) -> list[
         held = next((i for i, a in enumerate(axes) if key in a.keys), len(axes))
         if held < len(axes) and axes[held].where not in ("sweep.grid", "the command line"):
             where = axes[held].where
-            raise ConfigError(f"{override.input_line}: {key} is set by {where}: give a key in one place, or choose rows with sweep.only=[...].")
+            rows = "give a key in one place, or choose rows with sweep.only=[...]"
+            raise ConfigError(f"{override.input_line}: {key} is set by {where}: {rows}.")
         if override.is_sweep_override():
             if key in ("sweeps", "root"):
                 raise ConfigError(f"{override.input_line} lists several values: a sweep takes one {key} at a time.")

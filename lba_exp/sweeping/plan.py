@@ -194,7 +194,7 @@ def devices(cfg: DictConfig) -> int | None:
 def _check_devices(job: Job, made: Plan, launcher: DictConfig) -> None:
     """Several processes a job need a process that is the run alone: our own launcher's, or Slurm's tasks."""
     trainer, count = job.cfg.trainer, devices(job.cfg)
-    if (count == 1 or OmegaConf.is_list(trainer.devices) and len(trainer.devices) == 1) and trainer.num_nodes == 1:
+    if (count == 1 or (OmegaConf.is_list(trainer.devices) and len(trainer.devices) == 1)) and trainer.num_nodes == 1:
         return
     if made.launcher == OWN_LAUNCHER and trainer.num_nodes == 1:
         return
