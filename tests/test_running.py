@@ -183,28 +183,6 @@ def test_the_offline_wandb_run_reads_back(small):
     assert accuracies == [r["val/accuracy"] for r in read_rows(Path(record["folder"]) / "metrics.csv") if "val/accuracy" in r]
 
 
-def test_a_basic_multirun_runs_every_job_and_reports_a_failed_one(small, capsys, monkeypatch):
-    arguments = ["-m", *small, "trainer.max_epochs=1", "model=lion_s,softmax", "seed=0,1", "root=out"]
-    true = running._fit_and_test
-
-    def fails_once(cfg, *rest):
-        if cfg.model.name == "softmax" and cfg.seed == 0:
-            raise RuntimeError("planted")
-        return true(cfg, *rest)
-
-    with monkeypatch.context() as planted, pytest.raises(SystemExit) as stop:
-        planted.setattr(running, "_fit_and_test", fails_once)
-        command.main(arguments)
-    assert stop.value.code == 1
-    said = capsys.readouterr()
-    assert "4 runs: 3 done, 0 skipped, 1 failed" in said.out and "planted" in said.err
-    with pytest.raises(SystemExit) as stop:
-        command.main(arguments)
-    assert stop.value.code == 0
-    assert "4 runs: 1 done, 3 skipped, 0 failed" in capsys.readouterr().out
-    assert len(list(Path("out/digits").glob("*/seed*/result.json"))) == 4
-
-
 def test_peak_memory_is_each_runs_own(small):
     large = lba_exp.train(lba_exp.compose([*small, "model.width=256", "name=large", "trainer.max_epochs=1"]), quiet=True)
     little = lba_exp.train(lba_exp.compose([*small, "name=little", "trainer.max_epochs=1"]), quiet=True)
