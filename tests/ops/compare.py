@@ -33,6 +33,7 @@ class Case:
     chunk_size: int = 8
     signed: bool = False
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def tensors(self):
         """q, k, v, f, b and the padding mask."""
@@ -75,7 +76,8 @@ class Case:
             mask = torch.arange(self.length)[None] >= torch.randint(0, self.length, (self.batch, 1), generator=generator)
         elif self.padded == "all":
             mask = torch.zeros(self.batch, self.length, dtype=torch.bool)
-        return q.to(self.dtype), k.to(self.dtype), v.to(self.dtype), *decays, mask
+        tensors = (q.to(self.dtype), k.to(self.dtype), v.to(self.dtype), *decays, mask)
+        return tuple(None if x is None else x.to(self.device) for x in tensors)
 
     def options(self):
         return {"diagonal_weight": self.diagonal_weight, "direction": self.direction}
@@ -86,7 +88,7 @@ def gradients(outputs, inputs, dtype):
     total = 0.0
     for number, y in enumerate(outputs):
         generator = torch.Generator().manual_seed(number)
-        weights = (torch.rand(y.shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+        weights = (torch.rand(y.shape, generator=generator, dtype=torch.float64) - 0.5).to(y.device, dtype)
         total = total + (y.double() * weights.double()).sum()
     wanted = [x for x in inputs if x is not None]
     grads = torch.autograd.grad(total, wanted, allow_unused=True)
@@ -150,7 +152,7 @@ KINDS = ("none", "fixed", "fixed_vector", "selective", "selective_vector")
 
 
 @st.composite
-def cases(draw, dtypes):
+def cases(draw, dtypes, device="cpu"):
     """Any case of the contract, small enough for direct summation."""
     scaled = draw(st.booleans())
     return Case(
@@ -169,4 +171,5 @@ def cases(draw, dtypes):
         chunk_size=draw(st.sampled_from([1, 2, 3, 8, 16, 64])),
         signed=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
+        device=device,
     )

@@ -14,10 +14,10 @@ def products(x, batch, length, heads):
     return torch.stack(rows, dim=2)
 
 
-def gates(log_decay, batch, length, heads):
+def gates(log_decay, batch, length, heads, device):
     """A decay of any accepted shape as ``(B, L, H, 1 or Dk)``, not in log space."""
     if log_decay is None:
-        return torch.ones(batch, length, heads, 1, dtype=torch.float64)
+        return torch.ones(batch, length, heads, 1, dtype=torch.float64, device=device)
     x = log_decay.double().exp()
     if x.ndim == 1:
         x = x[None, None, :, None]
@@ -35,14 +35,14 @@ def attention_parts(q, k, v, f=None, b=None, diagonal_weight=1.0, direction="bot
     if padding_mask is not None:
         real = padding_mask[:, :, None, None]
         q, k, v = (torch.where(real, x, torch.zeros_like(x)) for x in (q, k, v))
-    strict = torch.ones(length, length).tril(-1).bool()[..., None]
-    lower = products(gates(f, batch, length, heads), batch, length, heads)
+    strict = torch.ones(length, length, device=q.device).tril(-1).bool()[..., None]
+    lower = products(gates(f, batch, length, heads, q.device), batch, length, heads)
     # reversed in time, the backward decays read like forward ones
-    upper = products(gates(b, batch, length, heads).flip(1), batch, length, heads).flip(2, 3)
-    zero = torch.zeros((), dtype=torch.float64)
+    upper = products(gates(b, batch, length, heads, q.device).flip(1), batch, length, heads).flip(2, 3)
+    zero = torch.zeros((), dtype=torch.float64, device=q.device)
     m = torch.where(strict, lower if direction != "backward" else zero, zero)
     m = m + torch.where(strict.transpose(0, 1), upper if direction != "forward" else zero, zero)
-    m = m + diagonal_weight * torch.eye(length, dtype=torch.float64)[..., None]
+    m = m + diagonal_weight * torch.eye(length, dtype=torch.float64, device=q.device)[..., None]
     scores = (q.transpose(1, 2)[:, :, :, None] * k.transpose(1, 2)[:, :, None] * m).sum(-1)
     return torch.einsum("bhij,bjhe->bihe", scores, v), scores.sum(-1).transpose(1, 2)
 
