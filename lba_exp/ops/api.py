@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lba_exp.ops import checks
 from lba_exp.ops.blockwise import blockwise
@@ -10,7 +9,7 @@ from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
 from lba_exp.ops.inside import is_vector
 from lba_exp.ops.parallel import parallel
-from lba_exp.ops.precision import without_autocast
+from lba_exp.ops.precision import no_autocast
 from lba_exp.ops.recurrent import recurrent
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
@@ -55,12 +54,12 @@ class Divide(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
     def backward(ctx, grad):
+        # plain operations on what was saved: derivatives of any order
         y, den = ctx.saved_tensors
-        grad_num = grad / (den + ctx.eps)[..., None]
-        return grad_num, -torch.linalg.vecdot(grad_num, y), None
+        with no_autocast(grad.device):
+            grad_num = grad / (den + ctx.eps)[..., None]
+            return grad_num, -torch.linalg.vecdot(grad_num, y), None
 
 
 def hide_padding(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,22 +93,25 @@ def run_form(
     checks.choice("form", form, FORMS)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    directions = DIRECTIONS[direction]
+    # a direction that is left out has no decay, in any form
+    forward = to_steps(forward_log_decay) if "forward" in directions else None
+    backward = to_steps(backward_log_decay) if "backward" in directions else None
     if form == "auto":
-        steps = (forward_log_decay, backward_log_decay)
-        form = choose_form(q.shape[1], is_vector(*map(to_steps, steps)))
+        form = choose_form(q.shape[1], is_vector(forward, backward))
     if form == "fused":
         raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
-    with torch.autocast(device_type=q.device.type, enabled=False):
+    with no_autocast(q.device):
         if padding_mask is not None:
             q, k, v = hide_padding(q, k, v, padding_mask)
         return _IMPLEMENTATIONS[form](
             q,
             k,
             v,
-            to_steps(forward_log_decay),
-            to_steps(backward_log_decay),
+            forward,
+            backward,
             weight=float(diagonal_weight),
-            directions=DIRECTIONS[direction],
+            directions=directions,
             with_den=with_den,
             chunk_size=chunk_size,
         )

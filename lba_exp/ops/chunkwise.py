@@ -8,13 +8,12 @@ from terms of one chunk: pairs inside, pairs with one end inside, and pairs arou
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lba_exp.ops.channels import decayed
 from lba_exp.ops.decays import LOWEST, add_steps, adjoint_sums, empty_gradient, sums_inside
 from lba_exp.ops.inside import inside_gradients, inside_scores, is_vector
-from lba_exp.ops.precision import compute_dtype, without_autocast
+from lba_exp.ops.precision import compute_dtype, first_derivative
 from lba_exp.ops.scan import rounded, scan_states
 
 SLICE_ELEMENTS = 2**18  # elements of the score matrices made at once in eager mode: what stays in a processor's cache
@@ -139,8 +138,7 @@ class _Chunkwise(torch.autograd.Function):
         return num, den
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @first_derivative
     def backward(ctx, grad_num, grad_den):
         q, k, v, forward, backward = ctx.saved_tensors
         weight, directions, with_den, chunk_size = ctx.options

@@ -1,4 +1,4 @@
-"""In which dtype the work is done."""
+"""In which dtype the work is done, and what a backward pass of our own must hold to."""
 
 import functools
 from collections.abc import Callable
@@ -12,12 +12,25 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def without_autocast(backward: Callable) -> Callable:
-    """For the backward of an autograd function: the dtypes it asks for, also where a caller runs it under ``torch.autocast``."""
+def no_autocast(device: torch.device) -> torch.autocast:
+    """The dtypes that the code asks for, whatever a caller's ``torch.autocast`` says."""
+    # a device without autocast, such as meta, takes the CPU's, which it does not look at
+    return torch.autocast(device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False)
+
+
+def first_derivative(backward: Callable) -> Callable:
+    """For the backward of an operation: without autocast, and a clear error where a derivative of it is asked for.
+
+    ``once_differentiable`` would leave such a derivative out in silence where ``torch.autograd.grad`` names its inputs.
+    """
 
     @functools.wraps(backward)
     def run(ctx, grad, *grads):
-        with torch.autocast(device_type=grad.device.type, enabled=False):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the recurrent and chunkwise forms have first derivatives only, so no create_graph=True; form='parallel' has higher ones"
+            )
+        with no_autocast(grad.device):
             return backward(ctx, grad, *grads)
 
     return run

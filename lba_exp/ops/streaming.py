@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lba_exp.ops import checks
 from lba_exp.ops.decays import to_steps
-from lba_exp.ops.precision import compute_dtype
-from lba_exp.ops.recurrent import Decay, advance
+from lba_exp.ops.precision import compute_dtype, no_autocast
+from lba_exp.ops.steps import Decay, advance
 
 
 def start_state(
@@ -75,22 +75,33 @@ def stream(
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("state", state)):
         if torch.is_grad_enabled() and x is not None and x.requires_grad:
             raise ValueError(f"{name}: streaming gives no gradients; call it under torch.no_grad() or give {name}.detach()")
-    if padding_mask is not None:
-        q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))
-    v = torch.nn.functional.pad(v.to(dtype), (0, 1), value=1.0)
-    q, k = q.to(dtype), k.to(dtype)
-    own = diagonal_weight * (q * k).sum(-1, keepdim=True) * v
+    with no_autocast(q.device):
+        if padding_mask is not None:
+            q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))
+        return _advance(state, q, k, v, to_steps(log_decay), direction == "backward", float(diagonal_weight))
+
+
+# opaque to torch.compile, as the recurrent form is
+@torch.library.custom_op("lba_exp::stream", mutates_args=())
+def _advance(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, step: Tensor | None, reverse: bool, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, width = q.shape
+    q, k = q.to(state.dtype), k.to(state.dtype)
+    v = torch.nn.functional.pad(v.to(state.dtype), (0, 1), value=1.0)
 
     def flat(x):  # (B, n, H, D) to (n, B H, D), in reading order
-        x = x.flip(1) if direction == "backward" else x
-        return x.transpose(0, 1).flatten(1, 2)
+        return (x.flip(1) if reverse else x).transpose(0, 1).flatten(1, 2)
 
-    decay = None
-    if log_decay is not None:
-        decay = Decay.of(flat(to_steps(log_decay).expand(batch, q.shape[1], heads, -1))[..., None])
-    following = state.clone()
+    decay = None if step is None else Decay.of(flat(step.expand(batch, length, heads, -1))[..., None])
+    following = state.clone(memory_format=torch.contiguous_format)
     reads = torch.empty_like(flat(v))
     advance(following.view(batch * heads, width, -1), decay, flat(k), flat(v), flat(q), reads)
     reads = reads.unflatten(1, (batch, heads)).transpose(0, 1)
-    out = own + (reads.flip(1) if direction == "backward" else reads)
-    return out[..., :-1], out[..., -1], following
+    out = weight * (q * k).sum(-1, keepdim=True) * v + (reads.flip(1) if reverse else reads)
+    return *(x.clone(memory_format=torch.contiguous_format) for x in (out[..., :-1], out[..., -1])), following
+
+
+@_advance.register_fake
+def _(state, q, k, v, step, reverse, weight):
+    return state.new_empty(v.shape), state.new_empty(v.shape[:3]), state.new_empty(state.shape)

@@ -85,6 +85,21 @@ def test_half_precision_keeps_a_float32_state():
     assert error(num, expected[0]) < 1e-6 and error(den, expected[1]) < 1e-6
 
 
+def test_autocast_changes_nothing():
+    q, k, v, f, _, _ = Case(length=6).tensors()
+    expected = stream(start_state(2, 3, 4, 5), q, k, v, f, direction="forward")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = stream(start_state(2, 3, 4, 5), q, k, v, f, direction="forward")
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_one_token_of_one_head():
+    q, k, v, f, _, _ = Case(length=1, batch=1, heads=1).tensors()
+    num, den, state = stream(start_state(1, 1, 4, 5), q, k, v, f, direction="forward", diagonal_weight=1.0)
+    assert len({x.untyped_storage().data_ptr() for x in (num, den, state)}) == 3
+    assert error(num, (q * k).sum(-1, keepdim=True) * v) < 1e-6 and error(den, (q * k).sum(-1)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

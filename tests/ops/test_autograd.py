@@ -1,0 +1,83 @@
+"""What autograd may ask of a form beyond the gradients of everything: parts of them, derivatives of them, shapes alone."""
+
+import pytest
+import torch
+
+from lba_exp.ops import bidirectional_linear_attention, bidirectional_linear_attention_parts
+
+from .compare import FORMS, Case, error, leaves
+
+FIRST_ONLY = ("recurrent", "chunkwise")
+
+
+def small(kind="selective"):
+    return leaves(Case(kinds=(kind, kind), length=7, batch=1, heads=1, key_width=2, value_width=2, dtype=torch.float64).tensors()[:5])
+
+
+@pytest.mark.parametrize("kind", ["selective", "selective_vector"])
+@pytest.mark.parametrize("form", ["parallel", "blockwise"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_second_derivatives(form, scaled, kind):
+    def function(*inputs):
+        return bidirectional_linear_attention(*inputs, form=form, chunk_size=4, scaled=scaled)
+
+    assert torch.autograd.gradgradcheck(function, small(kind))
+
+
+@pytest.mark.parametrize("form", FIRST_ONLY)
+def test_second_derivatives_are_refused_not_left_out(form):
+    inputs = small()
+    y = bidirectional_linear_attention(*inputs, form=form)
+    # a sum's gradient depends on no input: without an error a penalty on these gradients would be a constant
+    for wanted in ({"inputs": inputs}, {"inputs": inputs[:1]}):
+        with pytest.raises(RuntimeError, match=r"first derivatives only.*'parallel'"):
+            torch.autograd.grad(y.sum(), **wanted, create_graph=True)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+@pytest.mark.parametrize("form", FORMS)
+def test_one_gradient_alone(form, wanted):
+    *tensors, mask = Case(length=19, padded="holes").tensors()
+
+    def gradient(*which):
+        inputs = [x.clone().requires_grad_(i in which) for i, x in enumerate(tensors)]
+        y = bidirectional_linear_attention(*inputs, padding_mask=mask, form=form, chunk_size=4)
+        return torch.autograd.grad(y.square().sum(), inputs[wanted])[0]
+
+    assert error(gradient(wanted), gradient(*range(5))) < 1e-6
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("form", FIRST_ONLY)
+def test_one_of_the_parts_alone(form, part):
+    results = []
+    for name in (form, "parallel"):
+        inputs = leaves(Case(length=19).tensors()[:5])
+        y = bidirectional_linear_attention_parts(*inputs, form=name, chunk_size=4)[part]
+        grads = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+        results.append([torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)])
+    for one, other in zip(*results, strict=True):
+        assert error(one, other) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["fixed", "selective", "selective_vector"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_direction_left_out_has_no_decay(form, kind):
+    q, k, v, f, b, _ = Case(kinds=(kind, kind), length=19).tensors()
+    for direction, other in (("forward", "backward"), ("backward", "forward")):
+        own, other = f"{direction}_log_decay", f"{other}_log_decay"
+        used, unused = f.clone().requires_grad_(), b.clone().requires_grad_()
+        options = {"direction": direction, "form": form, "chunk_size": 4}
+        y = bidirectional_linear_attention(q, k, v, **{own: used, other: unused}, **options)
+        assert torch.equal(y, bidirectional_linear_attention(q, k, v, **{own: used}, **options))
+        grads = torch.autograd.grad(y.square().sum(), [used, unused], allow_unused=True)
+        assert grads[0].any() and grads[1] is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_without_numbers(form):
+    # what counts parameters and operations runs a model on the meta device
+    inputs = [x.to("meta").requires_grad_() for x in Case(length=19).tensors()[:5]]
+    y = bidirectional_linear_attention(*inputs, form=form, chunk_size=4)
+    y.sum().backward()
+    assert y.shape == inputs[2].shape and all(x.grad.shape == x.shape for x in inputs)
