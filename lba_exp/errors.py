@@ -21,5 +21,9 @@ class RunFolderError(UserError):
     """A run folder that is in use, finished, or holds another run."""
 
 
+class Terminated(UserError):
+    """A run that was asked to end by a signal (SIGTERM, Slurm's), and has saved where it stands; commands exit with 143."""
+
+
 class TrainingError(UserError):
     """Training that cannot go on: a loss that is not a number, a device out of memory."""

@@ -8,6 +8,7 @@ lba-train -m sweeps=digits
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lba_exp import composing
 from lba_exp.commands.common import fail
-from lba_exp.errors import ConfigError, UserError
+from lba_exp.errors import ConfigError, Terminated, UserError
 
 COMMAND = "lba-train"
 _outcomes: list[tuple[list[str], str, str]] = []  # overrides, status, sentence
@@ -103,11 +104,15 @@ def job(raw: DictConfig) -> dict | None:
     overrides = list(context.overrides.task)
     choices = dict(context.runtime.choices)
     in_sweep = context.mode is not None and context.mode.name == "MULTIRUN"
+    HydraConfig.instance().cfg = None  # Lightning would give the further processes of a run flags of Hydra's that this command refuses
     try:
         cfg = composing.finalise(raw, overrides, choices, in_sweep=in_sweep)
         from lba_exp.running import train  # torch and Lightning: imported once the configuration is known to be right
 
         record = train(cfg)
+    except Terminated as error:
+        fail(COMMAND, str(error))
+        sys.exit(128 + signal.SIGTERM)
     except UserError as error:
         _outcomes.append((overrides, "failed", str(error)))
         fail(COMMAND, str(error))
