@@ -57,6 +57,8 @@ def check(cfg: DictConfig) -> None:
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
     _check_trainer(cfg.trainer)
+    if cfg.trainer.strategy == "fsdp2" and cfg.data.eval_batch_size == 1:
+        raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
         raise ConfigError(f"resume={cfg.resume} is no file: give auto, never, or the path of a checkpoint.")
     if cfg.init_from is not None and not Path(cfg.init_from).expanduser().is_file():

@@ -57,6 +57,11 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"train takes a configuration from lba_exp.compose, not {type(cfg).__name__}.")
     check(cfg)
+    if cfg.trainer.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start the command on every node with torchrun (torchrun "
+            f"--nnodes={cfg.trainer.num_nodes} --nproc-per-node=DEVICES ... -m lba_exp.commands.train ...), or with srun under Slurm."
+        )
     quiet = quiet or rank_zero_only.rank != 0
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
     folder = naming.folder(cfg)

@@ -5,6 +5,9 @@ import signal
 import pytest
 import torch
 
+import lba_exp
+from lba_exp.errors import ConfigError
+from lba_exp.results import naming
 from lba_exp.results.folder import read_record
 from lba_exp.results.metrics_log import read_rows
 from tests import forked
@@ -67,6 +70,38 @@ def test_a_run_moves_between_numbers_of_devices(tmp_path, alone, strategy, step)
     assert forked.run(tmp_path, RUN, ("on_train_batch_start", step + 1))[0] == -signal.SIGKILL
     finished(forked.run_on_many(tmp_path, many))
     same(curve(tmp_path), curve(alone[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_that_diverges_on_two_devices_says_so_once(tmp_path, strategy):
+    many = [*RUN, f"trainer.strategy={strategy}", "optim.lr=1e9", "optim.warmup_fraction=0", "trainer.gradient_clip_val=null"]
+    (code, (kind, said)), other = forked.run_on_many(tmp_path, many)
+    assert (code, kind, other) == (0, "error", (0, None)) and "the loss is nan at step 2 (epoch 1, batch 2" in said
+    assert read_record(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_shown_by_every_process(tmp_path):
+    many = [*RUN, "trainer.strategy=ddp", "trainer.max_epochs=1", "parity=off"]
+    finished(forked.run_on_many(tmp_path, many))
+    assert all(answer[1]["already_finished"] for _, answer in forked.run_on_many(tmp_path, many))
+
+
+def test_devices_make_another_run_unless_the_global_batch_is_given():
+    alone, many = ["data.global_batch_size=64"], ["data.global_batch_size=64", "trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"]
+    alone, many = (lba_exp.compose([*overrides, "trainer.max_epochs=2"]) for overrides in (alone, many))
+    assert naming.folder(alone) == naming.folder(many) and naming.differences(alone, many) == {}
+    alone, many = lba_exp.compose([]), lba_exp.compose(["trainer=ddp", "trainer.devices=2"])
+    assert naming.folder(alone) != naming.folder(many)
+    assert naming.differences(alone, many).keys() == {"trainer.devices", "trainer.strategy"}
+
+
+def test_several_nodes_need_something_that_starts_them():
+    with pytest.raises(ConfigError, match=r"trainer.num_nodes=2: start the command on every node with torchrun"):
+        lba_exp.train(lba_exp.compose(["trainer.num_nodes=2", "folder=run"]), quiet=True)
+    with pytest.raises(ConfigError, match="eval_batch_size=1 does not fit trainer=fsdp"):
+        lba_exp.compose(["trainer=fsdp", "data.eval_batch_size=1"])
 
 
 @pytest.mark.slow
