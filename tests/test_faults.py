@@ -116,7 +116,7 @@ def test_no_pickle_of_a_stranger_is_run(small, tmp_path):
     with pytest.raises(UserError, match=r"trap.ckpt cannot be read"):
         lba_exp.train(lba_exp.compose([*small, "resume=trap.ckpt", "folder=run"]), quiet=True)
     with pytest.raises(pickle.UnpicklingError):
-        AtomicCheckpointIO().load_checkpoint("trap.ckpt", weights_only=None)
+        AtomicCheckpointIO().load_checkpoint("trap.ckpt", weights_only=False)
     assert not (tmp_path / "sprung").exists()
 
 

@@ -44,6 +44,7 @@ def asked(monkeypatch):
 
 # where it is asked -> the step that is saved: that very step; where a validation is due, the first one after it
 WHEN = {
+    "before the training": ("configure_optimizers", 0, 1),
     "inside an epoch": ("training_step", 6, 7),
     "before a validation": ("training_step", 4, 6),
     "in a validation": ("validation_step", 5, 6),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -216,6 +217,8 @@ class ResumableLoader:
                 persistent_workers=True,
                 collate_fn=_as_is,
                 generator=torch.Generator(),
+                # children of this very process: those of a fork server never notice that a run was killed, and stay for ever
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
             )
         self._plan[:] = plan
         iterator = iter(self._torch_loader)  # the same one every epoch
