@@ -22,9 +22,14 @@ from lba_exp import registry
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from lba_exp.callbacks.decays import Decays
 from lba_exp.callbacks.divergence import Divergence
+from lba_exp.callbacks.efficiency import Efficiency
 from lba_exp.callbacks.parity import Parity
-from lba_exp.callbacks.recorder import Efficiency, Recorder
+from lba_exp.callbacks.preemption import Preemption
+from lba_exp.callbacks.recorder import Recorder
+from lba_exp.callbacks.resplitting import Resplitting
 from lba_exp.data.spec import DataSpec
+from lba_exp.devices import fsdp  # noqa: F401 (makes the strategy known to Lightning by its name)
+from lba_exp.devices.signals import Requests
 from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
@@ -34,6 +39,7 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     """The data module of a configuration, ready to use (``setup`` done); raises DataError."""
     settings = OmegaConf.to_container(cfg.data)
     settings["name"] = naming.data_name(cfg)
+    settings.pop("global_batch_size")  # a matter of the number of devices, see ``batch_size``
     module = registry.DATA[settings.pop("kind")](seed=cfg.seed, **settings)
     module.setup(None)
     return module
@@ -107,21 +113,28 @@ def loggers(cfg: DictConfig, folder: Path) -> list:
 
 
 class Parts:
-    """The callbacks of a run that its record is made from."""
+    """The callbacks of a run that its record is made from.
 
-    def __init__(self, cfg: DictConfig, console: Console):
+    Args:
+        folder: the run's.
+        requests: what asks the run to end.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, requests: Requests, console: Console):
         p = cfg.parity
         self.parity = None
         if p.mode != "off":
             self.parity = Parity(
                 p.mode, p.tolerance, p.operator_tolerance, full=p.full, full_test=p.full_test, memory_budget_gib=p.memory_budget_gib
             )
-        self.efficiency = Efficiency()
+        self.efficiency = Efficiency(cfg.efficiency.target_accuracy)
+        self.preemption = Preemption(requests, folder / "checkpoints" if keeps_checkpoints(cfg) else None)
         self.decays = Decays()
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        return [c for c in (self.efficiency, Divergence(), self.parity, self.decays, self.recorder) if c is not None]
+        found = (self.efficiency, Divergence(), self.parity, self.decays, self.recorder, self.preemption, Resplitting())
+        return [c for c in found if c is not None]
 
 
 def keeps_checkpoints(cfg: DictConfig) -> bool:
@@ -146,6 +159,26 @@ def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Train
             return pl.Trainer(**settings, logger=logs, callbacks=callbacks, default_root_dir=folder, plugins=[AtomicCheckpointIO()])
     except Exception as error:  # whatever Lightning raises here is about the arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def batch_size(cfg: DictConfig, trainer: pl.Trainer) -> int:
+    """Sequences per batch on one device.
+
+    Raises:
+        ConfigError: ``data.global_batch_size`` is no multiple of what has to share it.
+    """
+    whole, accumulate = cfg.data.global_batch_size, trainer.accumulate_grad_batches
+    if whole is None:
+        return cfg.data.batch_size
+    pieces = trainer.world_size * accumulate
+    if whole % pieces:
+        near = [n for n in (whole // pieces * pieces, (whole // pieces + 1) * pieces) if n > 0]
+        batches = f" x {accumulate} batches a step (trainer.accumulate_grad_batches)" if accumulate > 1 else ""
+        raise ConfigError(
+            f"data.global_batch_size={whole} does not divide among {trainer.world_size} devices{batches}: "
+            f"give {' or '.join(map(str, near))}, or another number of devices."
+        )
+    return whole // pieces
 
 
 def describe_environment(trainer: pl.Trainer) -> dict[str, Any]:

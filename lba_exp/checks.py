@@ -29,6 +29,7 @@ PRECISIONS = (
     "transformer-engine",
     "transformer-engine-float16",
 )
+ONE_PROCESS = ("spawn", "fork", "notebook")  # in names of strategies whose processes hand nothing back that a record is made from
 NATURAL = ("max_epochs", "min_epochs", "min_steps", "accumulate_grad_batches", "num_nodes", "log_every_n_steps", "check_val_every_n_epoch")
 
 
@@ -56,6 +57,8 @@ def check(cfg: DictConfig) -> None:
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
     _check_trainer(cfg.trainer)
+    if cfg.trainer.strategy == "fsdp2" and cfg.data.eval_batch_size == 1:
+        raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
         raise ConfigError(f"resume={cfg.resume} is no file: give auto, never, or the path of a checkpoint.")
     if cfg.init_from is not None and not Path(cfg.init_from).expanduser().is_file():
@@ -66,6 +69,11 @@ def check(cfg: DictConfig) -> None:
 def _check_trainer(trainer: DictConfig) -> None:
     if trainer.precision is not None and str(trainer.precision) not in PRECISIONS:
         raise ConfigError(f"trainer.precision={trainer.precision}: {unknown(str(trainer.precision), PRECISIONS, 'a precision')}")
+    strategy = str(trainer.strategy)
+    if strategy.startswith("fsdp") and strategy != "fsdp2":
+        raise ConfigError(f"trainer.strategy={strategy}: the older FSDP is not for this; give trainer=fsdp, which is FSDP2.")
+    if any(word in strategy for word in ONE_PROCESS):
+        raise ConfigError(f"trainer.strategy={strategy} has no run record: give trainer=ddp or trainer=fsdp, from a command or a script.")
     for name in NATURAL:
         value = trainer.get(name)
         if isinstance(value, int) and value < 1 and not (name == "max_epochs" and value == -1):

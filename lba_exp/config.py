@@ -68,7 +68,10 @@ class DataSchema:
     validation_fraction: float = setting(0.1, "share cut from the training data where there is no validation split", above=0, high=0.5)
     test_fraction: float = setting(0.2, "share cut from the training data where there is no test split", above=0, high=0.5)
     split_seed: int = setting(0, "seed of those cuts; apart from the run's seed, so that all seeds share one test split", low=0)
-    batch_size: int = setting(64, "sequences per optimizer step and device", low=1)
+    batch_size: int = setting(64, "sequences per batch and device", low=1)
+    global_batch_size: int | None = setting(
+        None, "sequences per optimizer step over all devices, in place of batch_size: the run is then the same on any number", low=1
+    )
     eval_batch_size: int = setting(256, "sequences per batch in validation and test", low=1)
     workers: int = setting(0, "processes that load data", low=0)
     augment: str = setting("none", "training augmentation: none, or shifts by up to a pixel", choices=("none", "shift"))
@@ -111,6 +114,11 @@ class CheckpointSchema:
     monitor: str = setting(
         "val/accuracy", "metric that chooses the best checkpoint; among equal accuracies the loss", choices=("val/accuracy", "val/loss")
     )
+
+
+@dataclass
+class EfficiencySchema:
+    target_accuracy: float | None = setting(None, "validation accuracy whose first time is put on record", above=0, high=1)
 
 
 @dataclass
@@ -185,6 +193,7 @@ class RunSchema:
     parity: ParitySchema = field(default_factory=ParitySchema)
     logger: LoggerSchema = field(default_factory=LoggerSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
+    efficiency: EfficiencySchema = field(default_factory=EfficiencySchema)
     origin: OriginSchema = field(default_factory=OriginSchema)
 
 

@@ -25,5 +25,9 @@ class FolderInUseError(RunFolderError):
     """A run folder that another process holds."""
 
 
+class Terminated(UserError):
+    """A run that was asked to end by a signal (SIGTERM, Slurm's), and has saved where it stands; commands exit with 143."""
+
+
 class TrainingError(UserError):
     """Training that cannot go on: a loss that is not a number, a device out of memory."""

@@ -13,20 +13,24 @@ from lba_exp.errors import RunFolderError, TrainingError, UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def explain(error: BaseException, cfg: DictConfig, folder: Path) -> UserError | None:
+def explain(error: BaseException, cfg: DictConfig, folder: Path, batch_size: int) -> UserError | None:
     """The sentence for an exception that the user can mend; None for any other.
 
     Args:
         error: what a run raised.
         cfg: the run's configuration.
         folder: the run's folder.
+        batch_size: sequences of a training batch on one device.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+        given = f"data.batch_size={batch_size}"
+        advice = "give a smaller one, with trainer.accumulate_grad_batches to keep the optimizer's batch"
+        if cfg.data.global_batch_size is not None:
+            given, advice = f"{batch_size} sequences a device", "give more trainer.accumulate_grad_batches: the global batch stays"
         return TrainingError(
-            f"out of memory on {where} with data.batch_size={cfg.data.batch_size} (data.eval_batch_size={cfg.data.eval_batch_size}): "
-            "give a smaller one, with trainer.accumulate_grad_batches to keep the optimizer's batch, model.mixer.form=chunkwise, "
-            "or trainer.precision=bf16-mixed."
+            f"out of memory on {where} with {given} (data.eval_batch_size={cfg.data.eval_batch_size}): {advice}; or "
+            "model.mixer.form=chunkwise, or trainer.precision=bf16-mixed."
         )
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError) and (cause.errno in FULL or (cause.filename and Path(str(cause.filename)).is_relative_to(folder))):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from lba_exp import build, faults
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
-from lba_exp.errors import ConfigError, RunFolderError, UserError
+from lba_exp.devices.processes import end_the_others, let_the_first_finish
+from lba_exp.devices.sharding import load_weights
+from lba_exp.devices.signals import Requests
+from lba_exp.errors import ConfigError, ParityError, RunFolderError, Terminated, TrainingError, UserError
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
 from lba_exp.results.figures import run_figure
@@ -33,8 +37,10 @@ from lba_exp.results.git import git_state
 from lba_exp.results.log_file import log_file
 from lba_exp.results.metrics_log import MetricsLog
 from lba_exp.results.screen import end_table, start_panel
+from lba_exp.results.secrets import redacted
 
 logger = logging.getLogger("lba_exp")
+THREADS = "OMP_NUM_THREADS"
 
 
 def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -51,23 +57,20 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"train takes a configuration from lba_exp.compose, not {type(cfg).__name__}.")
     check(cfg)
+    if cfg.trainer.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ConfigError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start the command on every node with torchrun (torchrun "
+            f"--nnodes={cfg.trainer.num_nodes} --nproc-per-node=DEVICES ... -m lba_exp.commands.train ...), or with srun under Slurm."
+        )
     quiet = quiet or rank_zero_only.rank != 0
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 110)
     folder = naming.folder(cfg)
     if rank_zero_only.rank != 0:  # a further process of the same run: the first one holds the folder
-        return _run(cfg, folder, console)
+        return _finished_before(cfg, folder, console) or _run(cfg, folder, console)
     with folders.Claim(folder) as claim:
         folders.check_is_ours(folder)
-        record = folders.read_record(folder)
-        if record is not None and record["status"] == "finished" and not cfg.origin.debug:
-            folders.check_same(cfg, folder)
-            if cfg.resume == "never":
-                raise RunFolderError(
-                    f"{folder} holds this run, finished: give another name= or seed=, or move the folder away to run it anew."
-                )
-            console.print(f"This run is finished already; to run it anew, move {folder} away. Its result:", highlight=False)
-            end_table(record, console)
-            return record | {"already_finished": True}
+        if (record := _finished_before(cfg, folder, console)) is not None:
+            return record
         try:
             return _run(cfg, folder, console)
         except BaseException as error:
@@ -76,16 +79,37 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
             raise
 
 
+def _finished_before(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any] | None:
+    """The record of a run that is finished already, shown; None where there is something to run."""
+    record = folders.read_record(folder)
+    if record is None or record["status"] != "finished" or cfg.origin.debug:
+        return None
+    folders.check_same(cfg, folder)
+    if cfg.resume == "never":
+        raise RunFolderError(f"{folder} holds this run, finished: give another name= or seed=, or move the folder away to run it anew.")
+    console.print(f"This run is finished already; to run it anew, move {folder} away. Its result:", highlight=False)
+    end_table(record, console)
+    return record | {"already_finished": True}
+
+
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
     """So many CPU threads of torch inside, as before outside; None: no change."""
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    if number is None:
+        yield
+        return
+    kept = os.environ.get(THREADS)
+    os.environ[THREADS] = str(number)  # Lightning sets torch's threads anew in a run of several processes, unless this is given
+    torch.set_num_threads(number)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if kept is None:
+            os.environ.pop(THREADS, None)
+        else:
+            os.environ[THREADS] = kept
 
 
 def _run(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
@@ -100,14 +124,16 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     start = _starting_point(cfg, folder, task, console)
     if cfg.init_from is not None and start is None:
         _load_weights(task.model, Path(cfg.init_from).expanduser())
-    parts = build.Parts(cfg, console)
+    requests = Requests()
+    parts = build.Parts(cfg, folder, requests, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
+    data.batch_size = build.batch_size(cfg, trainer)
     if rank_zero_only.rank == 0:
         _set_aside(cfg, folder, console)
-    record = _head(cfg, folder, task, trainer)
+    record = _head(cfg, folder, task, trainer, data)
     trainer.loggers = logs = build.loggers(cfg, folder)
     code = 1
-    with log_file(folder):
+    with log_file(folder, first=rank_zero_only.rank == 0), requests.heard():
         try:
             if rank_zero_only.rank == 0:
                 _begin(cfg, folder)
@@ -115,12 +141,14 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
             code = 0
         except BaseException as error:
-            explained = None if isinstance(error, UserError) else faults.explain(error, cfg, folder)
-            record |= {
-                "status": "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed",
-                "error": _sentence(explained or error),
-            }
+            let_the_first_finish()
+            explained = None if isinstance(error, UserError) else faults.explain(error, cfg, folder, data.batch_size)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit | Terminated)
+            code = 128 + SIGTERM if isinstance(error, Terminated) else 1
+            record |= {"status": "interrupted" if stopped else "failed", "error": _sentence(explained or error)}
             logger.error("%s", "".join(traceback.format_exception(error)))
+            if rank_zero_only.rank != 0 and isinstance(error, Terminated | ParityError | TrainingError):
+                sys.exit(0)  # raised on all devices together: the first process says it
             if isinstance(error, SystemExit):  # Lightning's way of passing on Ctrl-C
                 raise KeyboardInterrupt from None
             if explained is not None:
@@ -128,7 +156,12 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
             raise
         finally:
             if rank_zero_only.rank == 0:
-                _end(cfg, folder, record, logs, parts, began, code)
+                try:
+                    _end(cfg, folder, record, logs, parts, began, code)
+                finally:
+                    if code:
+                        end_the_others(trainer)
+                        requests.requeue()
     end_table(record, console)
     return record
 
@@ -156,10 +189,11 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
                 raise
             raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
         best = folder / "checkpoints" / BEST
-        if best.is_file() and not trainer.fast_dev_run:
+        # one answer for all devices: the first may be writing that file below while another looks for it
+        if trainer.strategy.broadcast(best.is_file()) and not trainer.fast_dev_run:
             content = load_checkpoint(best)
             record["best"] = {"epoch": content["epoch"], "step": content["global_step"], "monitor": cfg.checkpoint.monitor}
-            task.load_state_dict(content["state_dict"])
+            load_weights(task, content["state_dict"])
         else:
             record["best"] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "monitor": "none: the final weights"}
             if build.keeps_checkpoints(cfg):  # no validation came to pass
@@ -220,7 +254,7 @@ def _begin(cfg: DictConfig, folder: Path) -> None:
     folders.write_atomically(folder / "overrides.yaml", OmegaConf.to_yaml(cfg.origin.overrides))
 
 
-def _head(cfg, folder, task, trainer) -> dict[str, Any]:
+def _head(cfg, folder, task, trainer, data) -> dict[str, Any]:
     model = task.model
     return {
         "status": "running",
@@ -237,6 +271,12 @@ def _head(cfg, folder, task, trainer) -> dict[str, Any]:
         "form": getattr(model, "form", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_size": getattr(model, "state_size", None),
+        "batch": {
+            "per_device": data.batch_size,
+            "devices": trainer.world_size,
+            "accumulated": trainer.accumulate_grad_batches,
+            "global": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        },
         "git": git_state(),
         "environment": build.describe_environment(trainer),
     }
@@ -280,4 +320,4 @@ def _raised_by_lightning(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".rstrip(": ")
+    return redacted(first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".rstrip(": "))

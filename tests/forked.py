@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -19,26 +22,30 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _run(folder: str, overrides: list[str], kill: tuple[str, int] | None, console) -> None:
+def _run(folder: str, overrides: list[str], kill: tuple[str, int] | None, environment: dict[str, str], number: int, console) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_only
 
     from lba_exp import build, composing, running
     from lba_exp.errors import UserError
 
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # read at import otherwise
+
     class Killer(pl.Callback):
-        """Ends its process as a power cut would, in a given hook at a given optimizer step."""
+        """Sends its process a signal, SIGKILL as a power cut would, in a given hook at a given optimizer step."""
 
     if kill is not None:
         hook, step = kill
 
         def strike(self, trainer, *arguments):
             if trainer.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
         setattr(Killer, hook, strike)
         before = build.Parts.callbacks
-        build.Parts.callbacks = lambda parts: [*before(parts), Killer()]
+        build.Parts.callbacks = lambda parts: [Killer(), *before(parts)] if number != signal.SIGKILL else [*before(parts), Killer()]
     try:
         record = running.train(composing.compose(overrides), quiet=True)
         console.send(("record", record))
@@ -46,18 +53,55 @@ def _run(folder: str, overrides: list[str], kill: tuple[str, int] | None, consol
         console.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def run(folder: Path, overrides: list[str], kill: tuple[str, int] | None = None) -> tuple[int, object]:
-    """One run in ``folder``; returns (exit code, ("record", record) or ("error", sentence) or None where it was killed)."""
+def start(folder: Path, overrides: list[str], kill=None, environment=None, number=signal.SIGKILL):
+    """A run begun in ``folder``: its process, and where its answer comes from."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_run, args=(str(folder), overrides, kill, sender))
+    process = CONTEXT.Process(target=_run, args=(str(folder), overrides, kill, environment or {}, number, sender))
     process.start()
     sender.close()
+    return process, receiver
+
+
+def answer_of(process, receiver) -> tuple[int, object]:
     try:
         answer = receiver.recv()
     except EOFError:
         answer = None
     process.join()
     return process.exitcode, answer
+
+
+def run(folder: Path, overrides: list[str], kill: tuple[str, int] | None = None, **settings) -> tuple[int, object]:
+    """One run in ``folder``; returns (exit code, ("record", record) or ("error", sentence) or None where it was killed)."""
+    return answer_of(*start(folder, overrides, kill, **settings))
+
+
+def run_on_many(
+    folder: Path, overrides: list[str], ranks: int = 2, kill: tuple[int, tuple[str, int]] | None = None, **settings
+) -> list[tuple[int, object]]:
+    """One run in as many processes, started as torchrun does; where one dies, the others are killed, as torchrun does too.
+
+    Args:
+        kill: the rank that is struck, and when.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks)}
+        environment |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
+        struck = kill[1] if kill is not None and kill[0] == rank else None
+        processes.append(start(folder, [*overrides, f"trainer.devices={ranks}"], struck, environment, **settings))
+    while any(process.is_alive() for process, _ in processes):
+        time.sleep(0.05)
+        if any(process.exitcode not in (None, 0) for process, _ in processes):
+            time.sleep(1.0)  # for a record that is being written
+            for process, _ in processes:
+                with suppress(ProcessLookupError):
+                    process.kill()
+    return [answer_of(*each) for each in processes]
 
 
 class _Forked:

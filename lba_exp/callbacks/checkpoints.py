@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -35,15 +36,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(link, path.with_name(PREVIOUS))
         os.replace(part, path)
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Always with ``weights_only``, which Lightning 2.6 forgets to pass on to some strategies: no code of a stranger's runs."""
+        return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
+
+
+def validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this training batch; a checkpoint written between the two makes Lightning 2.6 skip it on resume."""
+    every = trainer.val_check_batch
+    return trainer.is_last_batch or any((n + 1) % every == 0 for n in (batch_idx, trainer.fit_loop.total_batch_idx))
+
 
 class StepCheckpoint(ModelCheckpoint):
     """Saves every n optimizer steps, but never where a validation is due: Lightning 2.6 would skip that validation and the epoch's end
     on resume. The checkpoint after the validation takes its place."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        every = trainer.val_check_batch
-        due = trainer.is_last_batch or any((n + 1) % every == 0 for n in (batch_idx, trainer.fit_loop.total_batch_idx))
-        if not due:
+        if not validation_due(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 

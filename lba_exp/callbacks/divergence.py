@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lba_exp.callbacks.checkpoints import LAST
 from lba_exp.errors import TrainingError
@@ -49,8 +50,10 @@ class Divergence(pl.Callback):
         if trainer.sanity_checking:
             return
         self._look(trainer)
-        norms = torch._foreach_norm([p.detach() for p in pl_module.parameters()])
-        if not bool(torch.stack([n.double() for n in norms]).isfinite().all()):
+        mine = [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in pl_module.parameters())]
+        norms = torch._foreach_norm([p for p in mine if p.numel()])
+        wrong = bool(norms) and not bool(torch.stack([n.double() for n in norms]).isfinite().all())
+        if trainer.strategy.reduce_boolean_decision(wrong, all=False) if trainer.world_size > 1 else wrong:
             raise TrainingError(
                 f"training diverged: the weights are no numbers any more after step {trainer.global_step}. {advice(trainer)}"
             )

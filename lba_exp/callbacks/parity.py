@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lba_exp.callbacks import parity_measure as measure
 from lba_exp.callbacks.memory import LiveTensors
 from lba_exp.callbacks.parity_totals import FAIL, NOT_COMPARED, PASS, REFERENCE, SKIPPED, Pass, judge, reduce_totals, worst
+from lba_exp.devices.sharding import is_sharded, whole
 from lba_exp.errors import ConfigError, ParityError
 from lba_exp.results.compare import run_form, undisturbed
 from lba_exp.results.folder import finite
@@ -80,6 +81,7 @@ class Parity(pl.Callback):
         self._passed: dict[str, Pass] = {}  # split -> what its batches have added up to
         self._peaks: dict[tuple[str, str], int | None] = {}  # (split, form) -> bytes; they do not depend on the weights
         self._shapes: dict[tuple, list[measure.LayerShape]] = {}  # shape of a sample -> its layers' shapes
+        self._whole: nn.Module | None = None  # while a split is measured: a sharded model with all its weights on this device
 
     # Hooks
 
@@ -157,17 +159,40 @@ class Parity(pl.Callback):
 
     # Work
 
+    def _plain(self, pl_module: pl.LightningModule) -> nn.Module | None:
+        """The module's model, all of its weights on this device where they fit the budget: forms take different times from device to
+        device, and would wait for each other's pieces."""
+        model = _model(pl_module)
+        if model is None or not is_sharded(model) or self._over_budget(model):
+            return model
+        if self._whole is None:
+            self._whole = whole(model)
+        return self._whole
+
+    def _over_budget(self, model: nn.Module) -> str | None:
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+        if needed <= self.memory_budget_gib:
+            return None
+        return f"the sharded weights need {needed:.3g} GiB on one device, more than the budget of {self.memory_budget_gib:g} GiB"
+
+    def _not_applicable(self, model: nn.Module) -> str | None:
+        if len({*getattr(model, "forms", ()), getattr(model, "form", None)} - {None}) <= 1:
+            return "the model has no second form to compare with"
+        return self._over_budget(model) if is_sharded(model) else None
+
     def _see(self, trainer, pl_module, split: str, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int) -> None:
         """Keep the first batch; add up every batch where the whole split is wanted."""
-        model = _model(pl_module)
-        if trainer.sanity_checking or dataloader_idx != 0 or model is None:
+        if trainer.sanity_checking or dataloader_idx != 0 or _model(pl_module) is None:
             return
+        if batch_idx == 0:
+            self._whole = None  # of other weights
+        model = self._plain(pl_module)
         if batch_idx == 0:
             self._passed[split] = Pass()
             if split == "test" or split not in self._batch:
                 self._peaks = {key: value for key, value in self._peaks.items() if key[0] != split}
                 self._batch[split] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
-        if self.full[split] and not _not_applicable(model):
+        if self.full[split] and not self._not_applicable(model):
             with undisturbed(model):
                 self._exclude_too_large(self._passed[split], model, batch)
                 self._add(trainer, model, self._passed[split], batch)
@@ -175,13 +200,13 @@ class Parity(pl.Callback):
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
         if trainer.sanity_checking:
             return
-        model = _model(pl_module)
+        model = self._plain(pl_module)
         entry = {"split": split, "step": trainer.global_step, "epoch": trainer.current_epoch}
         if split == "test":  # on weights that may come from any checkpoint
             entry |= {"step": None, "epoch": None}
-        if reason := _not_applicable(model):
+        if reason := self._not_applicable(model):
             entry |= {"applicable": False, "reason": reason, "forms": {}, "verdict": NOT_COMPARED, "sentence": None}
-            if split == "test" and split in self._batch:
+            if split == "test" and split in self._batch and not is_sharded(model):
                 with undisturbed(model):
                     entry |= self._cost(trainer, model, self._batch[split])
         elif split in self._batch:
@@ -189,7 +214,7 @@ class Parity(pl.Callback):
                 entry |= self._measure(trainer, model, split)
         else:
             return
-        self.last = entry
+        self.last, self._whole = entry, None
         if split == "test":
             self.test = entry
         else:
@@ -303,8 +328,3 @@ def _model(pl_module: pl.LightningModule) -> nn.Module | None:
     """The module's model; a compiled one without its wrapper, whose graphs belong to one form."""
     model = getattr(pl_module, "model", None)
     return getattr(model, "_orig_mod", model)
-
-
-def _not_applicable(model: nn.Module | None) -> str | None:
-    forms = getattr(model, "forms", ())
-    return None if len({*forms, getattr(model, "form", None)} - {None}) > 1 else "the model has no second form to compare with"

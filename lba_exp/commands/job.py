@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from lba_exp import composing
 from lba_exp.commands.common import fail
-from lba_exp.errors import FolderInUseError, UserError
+from lba_exp.errors import FolderInUseError, Terminated, UserError
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
 from lba_exp.sweeping import plan as planning
@@ -77,6 +77,9 @@ def perform(compose: Callable[[], DictConfig]) -> dict[str, Any]:
     except FolderInUseError as error:
         outcome = {"status": "in use", "error": str(error)}
         fail(COMMAND, str(error))
+    except Terminated as error:
+        outcome = {"status": "interrupted", "error": str(error)}
+        fail(COMMAND, outcome["error"])
     except UserError as error:
         outcome["error"] = str(error)
         fail(COMMAND, str(error))

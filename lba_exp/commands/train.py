@@ -8,6 +8,7 @@ lba-train -m sweeps=digits --dry-run
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lba_exp import composing
 from lba_exp.commands.common import fail
 from lba_exp.commands.job import hydra_job
-from lba_exp.errors import ConfigError, UserError
+from lba_exp.errors import ConfigError, Terminated, UserError
 
 COMMAND = "lba-train"
 DRY_RUN = "--dry-run"  # with -m: print the jobs, run nothing
@@ -110,6 +111,9 @@ def job(raw: DictConfig) -> dict:
         from lba_exp.running import train  # torch and Lightning: imported once the configuration is known to be right
 
         return train(cfg)
+    except Terminated as error:
+        fail(COMMAND, str(error))
+        sys.exit(128 + signal.SIGTERM)
     except UserError as error:
         fail(COMMAND, str(error))
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from lba_exp.errors import DataError
 class EpochOrder:
     """Which samples make up the batches of an epoch: a function of (seed, epoch, rank) and of nothing else.
 
-    Global batch t of an epoch holds the same samples for any number of ranks, as long as batch_size * world_size is the same.
+    Global batch t of an epoch, the last one included, holds the same samples for any number of ranks, as long as
+    batch_size * world_size is the same.
 
     Args:
         samples: samples of the data set.
@@ -26,7 +28,8 @@ class EpochOrder:
         shuffle: a new permutation every epoch; False: the data set's order.
         drop_last: leave out a last batch that is not full.
         rank, world_size: which process of how many.
-        equal_shards: True: every rank gets equally many samples, the order's first ones repeated to fill up (training);
+        equal_shards: True: every rank gets equally many batches (training). The last one may differ in size by one sample from rank to
+            rank; a rank that would get none is given the epoch's first sample once more, and its ``weight`` is 0.
             False: every sample falls to exactly one rank (evaluation), the numbers of batches equal where they can be.
     """
 
@@ -45,16 +48,42 @@ class EpochOrder:
             return self._batches(np.random.default_rng([self.seed, epoch]).permutation(self.samples))
         return self._batches(np.arange(self.samples))
 
+    @property
+    def global_batch(self) -> int:
+        """Samples of a batch over all ranks."""
+        return self.batch_size * self.world_size
+
+    def weight(self, number: int, accumulate: int = 1, batches: int | None = None) -> float:
+        """What the mean loss of batch ``number`` of this rank is multiplied by in training, equal_shards given.
+
+        The gradient of an optimizer step, which Lightning averages over ranks and over ``accumulate`` batches, is then that of the mean
+        over the step's samples, each counted once, whatever the number of ranks and however the last batches fall. 1.0 for full batches.
+
+        Args:
+            number: of the batch in its epoch, from 0.
+            accumulate: batches of an optimizer step.
+            batches: of an epoch, where it is cut short.
+        """
+        whole = self.global_batch
+        first = number // accumulate * accumulate
+        last = min(first + accumulate, len(self) if batches is None else batches)
+        of_step = min(last * whole, self.samples) - first * whole
+        left = min((number + 1) * whole, self.samples) - number * whole
+        mine = max(0, -(-(left - self.rank) // self.world_size))
+        return mine * self.world_size * accumulate / of_step
+
     def facts(self) -> dict[str, int | bool]:
         """All that gives a position its meaning: a checkpoint made with other values cannot be continued."""
-        names = ("samples", "batch_size", "seed", "shuffle", "drop_last", "world_size", "equal_shards")
+        names = ("samples", "global_batch", "seed", "shuffle", "drop_last", "equal_shards")
         return {name: getattr(self, name) for name in names}
 
     def _batches(self, order: np.ndarray) -> list[np.ndarray]:
         ranks, size = self.world_size, self.batch_size
         if self.equal_shards:
-            shards = len(order) // ranks if self.drop_last else -(-len(order) // ranks)
-            order = np.resize(order, shards * ranks)
+            whole = self.global_batch
+            count = len(order) // whole if self.drop_last else -(-len(order) // whole)
+            batches = [order[start + self.rank : start + whole : ranks] for start in range(0, count * whole, whole)]
+            return [batch if len(batch) else order[:1] for batch in batches]
         shard = order[self.rank :: ranks]
         batches = [shard[start : start + size] for start in range(0, len(shard), size)]
         if self.drop_last and batches and len(batches[-1]) < size:
@@ -85,8 +114,8 @@ class ResumableLoader:
         drop_last: leave out a last batch that is not full.
         workers: processes that fetch; 0: in this process.
         rank, world_size: which process of how many.
-        equal_shards: every rank gets equally many batches, some samples twice (training); False: each sample exactly once over all ranks
-            (evaluation). None: as ``shuffle or drop_last``.
+        equal_shards: every rank gets equally many batches (training; see ``EpochOrder.weight``); False: each sample exactly once over all
+            ranks (evaluation). None: as ``shuffle or drop_last``.
         collate: list of samples -> batch.
 
     Raises:
@@ -152,7 +181,7 @@ class ResumableLoader:
         """Go on after the batch that ``state`` counted last.
 
         Raises:
-            DataError: the state was made with another order (batch size, number of devices, samples, seed, shuffling).
+            DataError: the state was made with another order (samples of a batch over all devices, samples, seed, shuffling).
         """
         mine, theirs = self.order.facts(), state["order"]
         changed = [f"{name} {theirs.get(name)} there, {value} here" for name, value in mine.items() if theirs.get(name) != value]
@@ -188,6 +217,8 @@ class ResumableLoader:
                 persistent_workers=True,
                 collate_fn=_as_is,
                 generator=torch.Generator(),
+                # children of this very process: those of a fork server never notice that a run was killed, and stay for ever
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
             )
         self._plan[:] = plan
         iterator = iter(self._torch_loader)  # the same one every epoch

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 NEUTRAL = ("model", "seed", "name", "root", "folder", "resume", "experiments", "sweeps", "logger", "trainer.enable_progress_bar")
 # Keys in which a run that goes on may differ from the run that was begun.
 FREE = ("root", "folder", "resume", "logger", "origin")
+# Where data.global_batch_size is given, on how many devices, and in which pieces, it is computed makes no other run.
+DEVICES = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate_grad_batches", "data.batch_size")
 LONGEST = 100
 ONLY = "-"  # in tables and records, the form of a model that has no forms
 
@@ -36,6 +38,8 @@ def name(cfg: DictConfig) -> str:
     told, known = ([row] if row else []), set(cfg.origin.get("row_overrides") or ())
     for override in cfg.origin.overrides:
         key = override.partition("=")[0].lstrip("+~")
+        if cfg.data.global_batch_size and (key in DEVICES or override in ("trainer=ddp", "trainer=fsdp")):
+            continue
         if override not in known and not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
             told.append(override.lstrip("+"))
     return _safe(",".join([variant, *told]))
@@ -74,6 +78,8 @@ def comparable(cfg: DictConfig | dict) -> dict[str, object]:
                 flat[prefix + str(key)] = value
 
     walk({k: v for k, v in plain.items() if k not in FREE}, "")
+    if flat.get("data.global_batch_size"):
+        flat = {k: v for k, v in flat.items() if k not in DEVICES}
     return flat
 
 

@@ -153,6 +153,10 @@ def _facts(record: Mapping[str, Any], parity: Mapping[str, Any]) -> Table:
     fact("state", part(record.get("state_size"), "{:,} numbers per sequence in the recurrent form"))
     fact("training time", seconds(cost.get("train_seconds")), part(seconds(cost.get("wall_seconds")), "{} in all"))
     fact("training speed", part(cost.get("tokens_per_second"), "{:,.0f} tokens/s"), part(cost.get("step_ms"), "{:.1f} ms per step"))
+    fact("model FLOPs", part(cost.get("tflops_per_second"), "{:.3g} TFLOP/s"), part(percent(cost.get("mfu")) or None, "{} of the peak"))
+    if cost.get("target_accuracy") is not None:
+        reached = part(cost.get("steps_to_target"), "step {:,}") or "not reached"
+        fact("time to target", f"accuracy {percent(cost['target_accuracy'])}", seconds(cost.get("seconds_to_target")), reached)
     if cost.get("peak_memory_bytes") is not None:
         fact("training memory", f"{binary_size(cost['peak_memory_bytes'])} ({cost.get('peak_memory_method')})")
     return table

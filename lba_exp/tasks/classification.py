@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lba_exp.nn.decay_groups import weight_decay_groups
+from lba_exp.tasks.many_devices import batch_weight, restore, shard_where_wanted, sums
+from lba_exp.tasks.means import SampleMean
+
+TRAIN_MEANS = "train_means"  # key of a checkpoint
 
 
 def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
@@ -42,8 +45,8 @@ def total_steps(trainer: pl.Trainer) -> int:
 class Classification(pl.LightningModule):
     """Trains ``model(inputs, padding_mask) -> (B, classes)`` on batches {"inputs", "labels", optional "padding_mask"}.
 
-    Metrics of a split are means over its samples, each counted once. Those of the training split are means since the last validation; they
-    are part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
+    Metrics of a split are means over its samples, each counted once, on any number of devices. Those of the training split are means since
+    the last validation; they are part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
 
     Args:
         model: the classifier.
@@ -62,12 +65,10 @@ class Classification(pl.LightningModule):
         self.seed = seed
         if hyper_parameters:
             self.save_hyperparameters(hyper_parameters, logger=False)
-        mean = partial(MeanMetric, nan_strategy="disable")  # torchmetrics would leave the batches out that diverged
-        self.train_loss, self.train_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
-        self.val_loss, self.val_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
-        self.test_loss, self.test_accuracy = mean(), MulticlassAccuracy(classes, average="micro")
-        self.train_loss.persistent(True)
-        self.train_accuracy.persistent(True)
+        self.train_loss, self.train_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        self.val_loss, self.val_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        self.test_loss, self.test_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        self._trained = False  # whether the training means hold anything; the same on every device
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes) of a batch."""
@@ -81,20 +82,36 @@ class Classification(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self(batch)
         loss = nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.optim["label_smoothing"])
-        self.train_loss.update(loss.detach(), weight=len(logits))
-        self.train_accuracy.update(logits.detach(), batch["labels"])
+        weight, self._trained = batch_weight(self.trainer, batch_idx), True
+        if weight:
+            self.train_loss.update(loss.detach(), len(logits))
+            self.train_accuracy.update(logits.detach(), batch["labels"])
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+        return loss if weight == 1 else loss * weight
 
     def take_train_metrics(self) -> dict[str, float]:
         """Means over the training samples since the last call; an empty dict where there were none."""
-        if float(self.train_loss.weight) == 0:
+        if not self._trained:
             return {}
-        metrics = {"train/loss": self.train_loss, "train/accuracy": self.train_accuracy}
-        values = {k: float(m.compute()) for k, m in metrics.items()}
-        for metric in metrics.values():
+        values = {f"train/{name}": float(metric.compute()) for name, metric in self._train_means().items()}
+        for metric in self._train_means().values():
             metric.reset()
+        self._trained = False
         return values
+
+    def _train_means(self) -> dict[str, Metric]:
+        return {"loss": self.train_loss, "accuracy": self.train_accuracy}
+
+    def configure_model(self) -> None:
+        shard_where_wanted(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[TRAIN_MEANS] = sums(self._train_means())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint.get(TRAIN_MEANS, {})
+        restore(self._train_means(), kept, first=self.global_rank == 0)
+        self._trained = bool(kept) and float(kept["loss"]["samples"]) > 0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -102,7 +119,7 @@ class Classification(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # The best checkpoint is the one of highest accuracy, among equals the one of lowest loss: small splits have many equals.
         score = float(self.val_accuracy.compute()) - 1e-6 * min(float(self.val_loss.compute()), 1e3)
-        self.log("val/selection", score, logger=False)
+        self.log("val/selection", score, logger=False, sync_dist=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
@@ -110,7 +127,7 @@ class Classification(pl.LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
         logits = self(batch)
         loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
-        loss.update(nn.functional.cross_entropy(logits.float(), batch["labels"]), weight=len(logits))
+        loss.update(nn.functional.cross_entropy(logits.float(), batch["labels"]), len(logits))
         accuracy.update(logits, batch["labels"])
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)

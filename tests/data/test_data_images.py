@@ -279,7 +279,7 @@ def test_two_processes_share_the_data(tmp_path, digits):
     assert lengths[0] == lengths[1] == [64] * 9 + [53]
     seen = rows(batch for rank in ranks for batch in rank["train"])
     whole = rows([gather(digits.split_loader("train"))[0].flatten(1)])
-    assert seen == whole  # 1,258 is even: nothing twice
+    assert seen == whole
     assert rows(batch for rank in ranks for batch in rank["validation"]) == rows([gather(digits.val_dataloader())[0].flatten(1)])
 
 

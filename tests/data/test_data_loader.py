@@ -158,19 +158,56 @@ def test_a_place_in_another_order_is_refused(change):
         loader(**change).load_state_dict(loader().state_dict())
 
 
+def test_a_place_holds_for_other_ranks_with_the_same_global_batch():
+    alone, state = loader(batch=6), {**loader(batch=6).state_dict(), "position": 2}
+    shared = [loader(batch=2, rank=rank, world_size=3) for rank in range(3)]
+    for one in (alone, *shared):
+        one.load_state_dict(state)
+    seen = [[[sample for sample, _ in batch] for batch in epoch(one)] for one in shared]
+    for step, batch in enumerate(epoch(alone)):
+        assert sorted(sample for sample, _ in batch) == sorted(sample for batches in seen for sample in batches[step])
+
+
 @settings(max_examples=150, deadline=None)
 @given(samples=st.integers(1, 60), batch=st.integers(1, 9), ranks=st.integers(1, 5), drop_last=st.booleans(), epoch=st.integers(0, 3))
 def test_training_shards_are_equal_and_cover_the_data(samples, batch, ranks, drop_last, epoch):
-    shards = [order.batches(epoch) for order in orders(samples, batch, ranks, drop_last=drop_last)]
-    assert len({tuple(map(len, shard)) for shard in shards}) == 1
-    seen = [index for shard in shards for batch_ in shard for index in batch_]
+    each = orders(samples, batch, ranks, drop_last=drop_last)
+    shards = [order.batches(epoch) for order in each]
+    assert len({len(shard) for shard in shards}) == 1
+    assert all(0 < len(batch_) <= batch for shard in shards for batch_ in shard)
+    seen = [i for order, shard in zip(each, shards, strict=True) for n, batch_ in enumerate(shard) if order.weight(n) for i in batch_]
+    assert len(seen) == len(set(seen))
     if drop_last:
-        assert len(seen) == len(set(seen))
         assert all(len(batch_) == batch for shard in shards for batch_ in shard)
         assert samples - len(seen) < batch * ranks
     else:
         assert set(seen) == set(range(samples))
-        assert max(seen.count(index) for index in seen) - min(seen.count(index) for index in seen) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    samples=st.integers(1, 60),
+    batch=st.integers(1, 9),
+    ranks=st.integers(1, 5),
+    accumulate=st.integers(1, 4),
+    cut=st.integers(1, 9),
+    drop_last=st.booleans(),
+)
+def test_weighed_means_of_batches_are_the_mean_over_a_steps_samples(samples, batch, ranks, accumulate, cut, drop_last):
+    """Lightning averages over ranks and divides by ``accumulate``; every sample of a step has to count for the same share of it."""
+    each = orders(samples, batch, ranks, drop_last=drop_last)
+    batches = min(cut, len(each[0]))
+    shards = [order.batches(1)[:batches] for order in each]
+    for first in range(0, batches, accumulate):
+        shares: dict[int, float] = {}
+        for order, shard in zip(each, shards, strict=True):
+            for number in range(first, min(first + accumulate, batches)):
+                for index in shard[number]:
+                    share = order.weight(number, accumulate, batches) / len(shard[number]) / ranks / accumulate
+                    shares[index] = shares.get(index, 0.0) + share
+        counted = [share for share in shares.values() if share]
+        assert counted == pytest.approx([1 / len(counted)] * len(counted))
+    assert samples < batch * ranks or each[0].weight(0) == 1.0
 
 
 @settings(max_examples=150, deadline=None)
@@ -183,9 +220,10 @@ def test_evaluation_sees_each_sample_exactly_once(samples, batch, ranks):
         assert len({len(shard) for shard in shards}) == 1
 
 
-def test_a_global_batch_is_the_same_for_any_number_of_ranks():
-    alone = orders(48, 12, 1)[0].batches(2)
-    shared = [order.batches(2) for order in orders(48, 4, 3)]
+@pytest.mark.parametrize("samples", [48, 52])
+def test_a_global_batch_is_the_same_for_any_number_of_ranks(samples):
+    alone = orders(samples, 12, 1)[0].batches(2)
+    shared = [order.batches(2) for order in orders(samples, 4, 3)]
     for step, batch in enumerate(alone):
         assert sorted(batch) == sorted(index for shard in shared for index in shard[step])
 

@@ -1,0 +1,1 @@
+"""A run on many devices: weights that are sharded, processes that belong together."""
