@@ -50,7 +50,7 @@ def train(folder, data, *overrides):
     command = [sys.executable, "-m", "lba_exp.commands.train", "data=images", f"data.source={data}", "logger=csv", "parity=off"]
     command += [f"trainer.accelerator={ACCELERATOR}", "trainer.max_epochs=null", "trainer.check_val_every_n_epoch=null"]
     command += ["trainer.num_sanity_val_steps=0", f"folder={folder}", *overrides]
-    environment = os.environ | {"PYTHONPATH": str(Path(lba_exp.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(lba_exp.__file__).parents[1]), *filter(None, sys.path)])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((folder / "result.json").read_text())
