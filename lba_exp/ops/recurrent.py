@@ -3,7 +3,7 @@
 Both directions run side by side as one batch: step t handles token t for the forward direction and token L-1-t for the backward one. A
 state first decays, then is read, then takes in its token, so a read never holds the token itself; the diagonal is added once, apart.
 
-Training keeps the states at about sqrt(L) segment borders only: the gradients of q come from running the recurrence again, those of k and
+Training keeps the states at segment borders only, some sqrt(L) and at least one every 64 tokens: the gradients of q come from running the recurrence again, those of k and
 v from the adjoint recurrence, run from the other end; a decay's gradient is the product of the decayed state, made again for one segment at
 a time, and its adjoint.
 """
@@ -19,6 +19,7 @@ from lba_exp.ops.precision import compute_dtype, first_derivative
 from lba_exp.ops.steps import Decay, advance, decayed_states, retreat
 
 SEGMENT = 256  # tokens gathered at once, at most
+BORDER_EVERY = 64  # tokens between kept states, at most: the states between two borders stay in a processor's cache
 
 
 class _Segment:
@@ -140,8 +141,8 @@ def _run_backward(
     gates = any(needed)
     dtype = compute_dtype(q, k, v)
     dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-    # as many borders as steps between them
-    segments = _segments(directions, q, dtype, min(SEGMENT, math.isqrt(q.shape[1] - 1) + 1) if gates else SEGMENT)
+    # as many borders as steps between them, until the steps between them would leave the cache
+    segments = _segments(directions, q, dtype, min(BORDER_EVERY, math.isqrt(q.shape[1] - 1) + 1) if gates else SEGMENT)
 
     def values(segment):
         vs, grads = segment.gather(v), segment.gather(grad_num)
@@ -225,7 +226,7 @@ def recurrent(
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)``, one token at a time; ``chunk_size`` has no meaning here.
 
-    O(L d) memory, also in training, which keeps some 2 sqrt(L) states. Arguments as in ``parallel``.
+    O(L d) memory, also in training, which keeps a state every 64 tokens, and those between two borders while it works there. Arguments as in ``parallel``.
     """
     num, den = _run(q, k, v, forward, backward, weight, ",".join(directions), with_den)
     return num, den if with_den else None
