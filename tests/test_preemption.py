@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,19 +125,35 @@ def test_two_processes_stop_at_the_same_step_whichever_is_asked(tmp_path, rank):
     assert answers[0][1][1]["status"] == "finished"
 
 
+def in_session(number):
+    """The commands of all living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == number and state != "Z":
+                found.append((path / "cmdline").read_text().replace("\0", " ")[:100])
+    return found
+
+
 @pytest.mark.slow
-def test_the_command_runs_on_two_devices_and_stops_at_sigterm(tmp_path):
-    """lba-train as typed: Lightning starts the second process; SIGTERM goes to the first alone."""
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the first process", "to all processes"])
+def test_the_command_runs_on_two_devices_and_stops_at_sigterm(tmp_path, send):
+    """lba-train as typed: Lightning starts the second process, each has one that loads data, W&B has its own."""
     root = Path(command.__file__).parents[2]
     run = [sys.executable, "-m", "lba_exp.commands.train", *RUN, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    run += ["trainer.max_epochs=60", "parity=off"]
+    run += ["trainer.max_epochs=200", "parity=off", "data.workers=1", "logger=wandb_offline"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(run, cwd=tmp_path, env=environment, **pipes)
     deadline = time.monotonic() + 200
     while len(read_rows(tmp_path / "run/metrics.csv")) < 12 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.2)
-    process.terminate()
+    send(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 143, said
+    while left := in_session(process.pid):  # W&B's process and those that load data notice it within seconds
+        assert time.monotonic() < deadline + 130, left
+        time.sleep(0.2)
     assert len(re.findall(r"stopped by SIGTERM after step \d+, which is saved", said)) == 1, said
     assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "interrupted"

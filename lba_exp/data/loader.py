@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from lba_exp.errors import DataError
+
+GRACE = 300  # seconds that a worker has left after SIGTERM
 
 
 class EpochOrder:
@@ -217,6 +220,7 @@ class ResumableLoader:
                 persistent_workers=True,
                 collate_fn=_as_is,
                 generator=torch.Generator(),
+                worker_init_fn=_outlast_sigterm,
                 # children of this very process: those of a fork server never notice that a run was killed, and stay for ever
                 multiprocessing_context="fork" if sys.platform == "linux" else None,
             )
@@ -251,3 +255,8 @@ class _Fetch:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _outlast_sigterm(worker: int) -> None:
+    """Slurm and torchrun send SIGTERM to every process of a run: one that loads goes on, for the run to save its step, and ends with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

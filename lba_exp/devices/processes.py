@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
+import time
+from contextlib import suppress
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+PATIENCE = 10.0  # seconds for all of them together
 
 
 def let_the_first_finish() -> None:
@@ -17,6 +22,13 @@ def let_the_first_finish() -> None:
 
 
 def end_the_others(trainer: pl.Trainer) -> None:
-    """Ends the processes that Lightning started for a run that has failed: they may wait for this one for ever."""
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy.launcher.kill(signal.SIGKILL)
+    """Ends the processes that Lightning started for a run that has failed, where they do not end by themselves: they may wait for this one
+    for ever."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    deadline = time.monotonic() + PATIENCE
+    with suppress(subprocess.TimeoutExpired):
+        for process in launcher.procs:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    launcher.kill(signal.SIGKILL)
