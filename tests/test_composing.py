@@ -65,7 +65,7 @@ MISTAKES = {
     ("model=null",): ("model=None", "Valid"),
     ("=3",): ("names no key",),
     ("-m", "seed=interval(0,3)"): ("seed=interval(0,3)", "seed=A,B,C"),
-    ("-m", "sweeps=digits,digits_search"): ("sweeps=digits,digits_search", "one sweeps at a time"),
+    ("-m", "sweeps=digits,digits_search"): ("sweeps=digits,digits_search", "one sweep at a time"),
     ("-m", "trainer.num_nodes=1,2"): ("trainer.num_nodes=2", "hydra/launcher=submitit_slurm"),
     ("-m", "model.heads=4,5", "seed=0,1"): ("model.heads=5", "does not divide"),
     ("optim.betas=[0.9,x]",): ("optim.betas", "a list"),

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _die_with(parent: int) -> None:
 
 
 def perform(compose: Callable[[], DictConfig]) -> dict[str, Any]:
-    """One run and how it ended: ``status`` (done, skipped, failed, in use, interrupted), ``error``, ``seconds``. Never raises."""
+    """One run and how it ended: ``status`` (done, skipped, failed, in use, interrupted), ``error``, ``seconds``; no failure is raised."""
     began = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
     try:
@@ -126,13 +126,11 @@ def _output_to(log: Path):
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     try:
-        with open(log, "ab") as file:
+        with open(log, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        yield
+            yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         for number, descriptor in enumerate(saved, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)

@@ -3,9 +3,9 @@
 Both directions run side by side as one batch: step t handles token t for the forward direction and token L-1-t for the backward one. A
 state first decays, then is read, then takes in its token, so a read never holds the token itself; the diagonal is added once, apart.
 
-Training keeps the states at segment borders only, some sqrt(L) and at least one every 64 tokens: the gradients of q come from running the recurrence again, those of k and
-v from the adjoint recurrence, run from the other end; a decay's gradient is the product of the decayed state, made again for one segment at
-a time, and its adjoint.
+Training keeps the states at segment borders only, some sqrt(L) and at least one every 64 tokens: the gradients of q come from running the
+recurrence again, those of k and v from the adjoint recurrence, run from the other end; a decay's gradient is the product of the decayed
+state, made again for one segment at a time, and its adjoint.
 """
 
 import math
@@ -226,7 +226,8 @@ def recurrent(
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)``, one token at a time; ``chunk_size`` has no meaning here.
 
-    O(L d) memory, also in training, which keeps a state every 64 tokens, and those between two borders while it works there. Arguments as in ``parallel``.
+    O(L d) memory, also in training, which keeps a state every 64 tokens, and those between two borders while it works there. Arguments
+    as in ``parallel``.
     """
     num, den = _run(q, k, v, forward, backward, weight, ",".join(directions), with_den)
     return num, den if with_den else None

@@ -94,7 +94,7 @@ def expand(node: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[Draft
     all_axes = _with_command_line(axes, composing.parse(overrides))
     jobs = _product(all_axes, excluded)
     everything = [*_product(axes, []), *_product(all_axes, [])]
-    known = list(dict.fromkeys(key for job in everything for key in job.values))
+    known = list(dict.fromkeys(key for job in everything for key in job.values if key != "sweeps"))
     for rule in excluded:
         for key in rule:
             if not any(key in job.values for job in everything):
@@ -206,11 +206,12 @@ def _with_command_line(axes: list[Axis], overrides: Sequence[Override]) -> list[
         held = next((i for i, a in enumerate(axes) if key in a.keys), len(axes))
         if held < len(axes) and axes[held].where not in ("sweep.grid", "the command line"):
             where = axes[held].where
-            rows = "give a key in one place, or choose rows with sweep.only=[...]"
-            raise ConfigError(f"{override.input_line}: {key} is set by {where}: {rows}.")
+            raise ConfigError(
+                f"{override.input_line}: {key} is set by {where}: give a key in one place, or choose rows with sweep.only=[...]."
+            )
         if override.is_sweep_override():
             if key in ("sweeps", "root"):
-                raise ConfigError(f"{override.input_line} lists several values: a sweep takes one {key} at a time.")
+                raise ConfigError(f"{override.input_line}: give one {key.rstrip('s')} at a time, and run lba-train -m once for each.")
             texts = [f"{override.get_key_element()}={v}" for v in composing.values(override)]
             choices = [Choice((t,), {key: read(t)}) for t in texts]
         else:

@@ -70,7 +70,7 @@ def plan(overrides: Sequence[str]) -> Plan:
     """
     parsed = composing.parse(overrides)
     for override in parsed:
-        if override.is_sweep_override() and bare(override).startswith(("hydra", "sweep")):
+        if override.is_sweep_override() and bare(override).startswith(("hydra.", "hydra/", "sweep.")):
             raise ConfigError(f"{override.input_line} lists several values: a sweep takes one {bare(override)} at a time.")
     _check_launcher_name(parsed)
     raw = composing.compose_raw([o.input_line for o in parsed if not o.is_sweep_override()])
@@ -170,8 +170,8 @@ def _check_sweeper(raw: DictConfig, choices: dict[str, Any]) -> None:
     if choices["hydra/sweeper"] != OWN_SWEEPER:
         raise ConfigError(f"hydra/sweeper={choices['hydra/sweeper']} is not used: lba-train expands sweeps itself; choose a launcher.")
     if params := raw.hydra.sweeper.params:
-        key, values = next(iter(OmegaConf.to_container(params).items()))
-        raise ConfigError(f"hydra.sweeper.params is not used: write sweep: {{grid: {{{key}: [{values}]}}}} in the sweep file.")
+        grid = ", ".join(f"{key}: [{values}]" for key, values in OmegaConf.to_container(params).items())
+        raise ConfigError(f"hydra.sweeper.params is not used: write sweep: {{grid: {{{grid}}}}} in the sweep file.")
 
 
 def _parallel(launcher: DictConfig, name: str) -> int:

@@ -112,8 +112,8 @@ class Report:
         self._save()
         left = [j for j in self.plan.jobs if j.number not in self.plan.outcomes]
         parts = [f"job {len(self.plan.outcomes)}/{len(self.plan.jobs)}  {job.label}", _figures(outcome)]
-        # other launchers tell all outcomes at the end
-        if left and outcome["status"] != "interrupted" and self.plan.launcher == planning.OWN_LAUNCHER:
+        tells_each = self.plan.launcher == planning.OWN_LAUNCHER  # others tell all outcomes at the end
+        if left and outcome["status"] != "interrupted" and tells_each:
             parts.append(self._remaining(left))
         _line(self.bar.console, outcome["status"], "  ".join(p for p in parts if p))
         if outcome["status"] == "failed":
