@@ -62,6 +62,16 @@ GATES = Registry(
     "gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"}
 )
 MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
-MODELS = Registry("model", {"sequence_classifier": "lba_exp.models.classifier:SequenceClassifier"})
+MODELS = Registry(
+    "model",
+    {
+        "sequence_classifier": "lba_exp.models.classifier:SequenceClassifier",
+        "two_towers": "lba_exp.models.classifier:TwoTowers",
+        "vit": "lba_exp.models.vision:VisionTransformer",
+        "masked_lm": "lba_exp.models.language:MaskedLM",
+        "text_classifier": "lba_exp.models.language:TextClassifier",
+        "causal_lm": "lba_exp.models.language:CausalLM",
+    },
+)
 TASKS = Registry("task", {"classification": "lba_exp.tasks.classification:Classification"})
 DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences"})

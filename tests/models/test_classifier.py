@@ -147,8 +147,7 @@ def test_forms_form_and_state_size():
     assert model.state_size == 2 * 2 * (2 * 4 * 4 + 2 * 4)  # layers, directions, S and z of 2 heads
     softmax = classifier("softmax")
     assert softmax.forms == () and softmax.form is None and softmax.state_size is None
-    with pytest.raises(ValueError, match="no linear attention layer"):
-        softmax.set_form("recurrent")
+    assert softmax.set_form("recurrent") is None
 
 
 def test_layers_are_made_by_index():

@@ -1,4 +1,4 @@
-"""The pre-norm block against its formula, and the switch between forms."""
+"""The block against its formulas, and the switch between forms."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lba_exp.nn.attention import LinearAttention
-from lba_exp.nn.blocks import MixerStack, PreNormBlock
+from lba_exp.nn.blocks import Block, MixerStack
 from lba_exp.nn.softmax import SoftmaxAttention
 
 
 class Stack(MixerStack):
     def __init__(self, *mixers):
         super().__init__()
-        self.blocks = nn.ModuleList(PreNormBlock(mixer, 8) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(mixer, 8) for mixer in mixers)
 
 
 class Recording(nn.Module):
@@ -24,7 +24,7 @@ class Recording(nn.Module):
 
 def test_block_equals_its_formula_and_passes_the_mask():
     torch.manual_seed(0)
-    block, x, mask = PreNormBlock(Recording(), 8, mlp_ratio=1.5), torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+    block, x, mask = Block(Recording(), 8, mlp_ratio=1.5), torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
     for norm in (block.mixer_norm, block.mlp_norm):
         nn.init.normal_(norm.weight)
     middle = x + 2 * F.layer_norm(x, (8,), block.mixer_norm.weight)
@@ -37,7 +37,7 @@ def test_block_equals_its_formula_and_passes_the_mask():
 
 def test_dropout_acts_on_both_branches_in_training_alone():
     torch.manual_seed(1)
-    block, x = PreNormBlock(Recording(), 64, dropout=0.5), torch.randn(4, 16, 64)
+    block, x = Block(Recording(), 64, dropout=0.5), torch.randn(4, 16, 64)
     dropped = (block(x) == x).float().mean().item()  # both branches dropped: a quarter
     assert 0.2 < dropped < 0.3
     block.eval()
@@ -57,8 +57,15 @@ def test_a_wrong_form_is_named_and_changes_nothing():
     with pytest.raises(ValueError, match=r"form: got 'recurent', valid are 'parallel', .*; did you mean 'recurrent'"):
         stack.set_form("recurent")
     assert stack.form == "parallel"
-    with pytest.raises(ValueError, match="no linear attention layer"):
-        Stack(SoftmaxAttention(8, 2)).set_form("recurrent")
+    with pytest.raises(ValueError, match=r"form: got 'recurent', valid are"):
+        Stack(SoftmaxAttention(8, 2)).set_form("recurent")
+
+
+def test_switching_forms_does_nothing_to_a_model_without_linear_layers():
+    stack, x = Stack(SoftmaxAttention(8, 2)), torch.randn(2, 3, 8)
+    before = stack.run_blocks(x)
+    assert stack.set_form("recurrent") is None and stack.set_form(None) is None
+    assert torch.equal(stack.run_blocks(x), before)
 
 
 def test_forms_and_state_size_over_layers():
@@ -77,4 +84,4 @@ def test_layers_that_differ_have_no_common_form():
 @pytest.mark.parametrize(("options", "message"), [({"mlp_ratio": 0.0}, "mlp_ratio: .* got 0.0"), ({"dropout": 1.0}, "dropout: .* got 1.0")])
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        PreNormBlock(nn.Identity(), 8, **options)
+        Block(nn.Identity(), 8, **options)
