@@ -19,10 +19,14 @@ class Registry:
     Args:
         kind: what the entries are, in words, for messages ("feature map").
         entries: name -> import path ``module:attribute``.
+
+    Attributes:
+        builtin: the names that were there from the start.
     """
 
     def __init__(self, kind: str, entries: dict[str, str]):
         self.kind = kind
+        self.builtin = frozenset(entries)
         self._entries: dict[str, Any] = dict(entries)
 
     @property
@@ -73,5 +77,11 @@ MODELS = Registry(
         "causal_lm": "lba_exp.models.language:CausalLM",
     },
 )
-TASKS = Registry("task", {"classification": "lba_exp.tasks.classification:Classification"})
-DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences"})
+TASKS = Registry(
+    "task",
+    {
+        "classification": "lba_exp.tasks.classification:Classification",
+        "language_modelling": "lba_exp.tasks.language:LanguageModelling",
+    },
+)
+DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences", "text_blocks": "lba_exp.data.text:TextBlocks"})

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "data": BASE | {"messages"},
     "results": BASE | {"ops", "nn", "models"},
     "tasks": BASE | {"ops", "nn", "models"},
+    "convert": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config"},
     "errors": set(),
     "registry": {"errors"},

@@ -121,9 +121,7 @@ class Efficiency(pl.Callback):
             self._first = False
             self.train_seconds -= self._last
         else:
-            inputs = batch["inputs"]
-            mask = batch.get("padding_mask")
-            self.tokens += int(inputs.shape[0] * inputs.shape[1] if mask is None else mask.sum()) * trainer.world_size
+            self.tokens += count_tokens(module.model, batch) * trainer.world_size
             self.steps += 1
         self._start()
 
@@ -162,6 +160,14 @@ class Efficiency(pl.Callback):
             "peak_memory_bytes": self.peak,
             "peak_memory_method": self.method,
         }
+
+
+def count_tokens(model: torch.nn.Module, batch: dict[str, Any]) -> int:
+    """Tokens of a batch, padding left out. A model of a plugin without ``count_tokens`` has a token a position of (B, L, ...)."""
+    inputs, mask = batch["inputs"], batch.get("padding_mask")
+    if mask is not None:
+        return int(mask.sum())
+    return model.count_tokens(inputs) if hasattr(model, "count_tokens") else inputs.shape[0] * inputs.shape[1]
 
 
 def reset_peak(device: torch.device) -> None:

@@ -15,11 +15,10 @@ from lba_exp.convert.mlm import load_lion_mlm
 from lba_exp.convert.published import to_published
 from lba_exp.convert.vision import load_lion_vision
 from lba_exp.errors import WeightsError
-from lba_exp.models.pretrained import CONFIG, WEIGHTS, create, from_pretrained, load_weights
+from lba_exp.models.pretrained import CONFIG, MODEL_CONFIG, WEIGHTS, create, from_pretrained, load_weights
 
 FILES = (WEIGHTS, "pytorch_model.bin")  # what a folder of weights may hold
 NESTED = ("state_dict", "model")  # where checkpoints keep their state dict
-MODEL_CONFIG = "model_config"  # where a run's checkpoints keep the model's configuration
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -59,7 +58,7 @@ def read_model(
         return from_pretrained(source)
     path = _file(source)
     content = _read(path)
-    if MODEL_CONFIG in content:
+    if content.get(MODEL_CONFIG) is not None:
         _none_of(given, source)
         model = create(content[MODEL_CONFIG])
         state = content["state_dict"]

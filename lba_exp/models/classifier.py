@@ -130,6 +130,9 @@ class TwoTowers(SequenceClassifier):
     From the two vectors a and b the classes are W2 GELU(W1 [a, b, a * b, a - b] + b1) + b2. Arguments as of ``SequenceClassifier``.
     """
 
+    def count_tokens(self, inputs: Tensor) -> int:
+        return inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
+
     def _make_head(self, width: int, classes: int) -> nn.Module:
         return nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, classes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -97,6 +98,19 @@ class TextModel(Pretrained, MixerStack):
         return self.encoder.blocks
 
 
+def takes_arguments_of(base: type, *but: str) -> Callable[[type], type]:
+    """Decorator for a class that hands its ``**options`` on to ``base``: gives its signature the arguments of ``base`` but some."""
+
+    def decorate(cls: type) -> type:
+        own = {name: p for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
+        theirs = {name: p for name, p in inspect.signature(base).parameters.items() if name not in {*own, *but}}
+        cls.__signature__ = inspect.Signature([*own.values(), *theirs.values()])
+        return cls
+
+    return decorate
+
+
+@takes_arguments_of(TextEncoder)
 class MaskedLM(TextModel):
     """Logits of the token at every position: encoder -> dense, GELU, norm -> the token embeddings again (tied), and a bias.
 
@@ -136,6 +150,7 @@ class MaskedLM(TextModel):
         return F.linear(self.transform(x), self.encoder.embedding.weight, self.bias)
 
 
+@takes_arguments_of(TextEncoder)
 class TextClassifier(TextModel):
     """One class for a text, from its first token ([CLS]): encoder -> dense, tanh -> dropout -> classes (BERT's recipe for GLUE).
 
@@ -158,6 +173,7 @@ class TextClassifier(TextModel):
         return self.head(self.dropout(self.pooler(self.encoder(inputs, padding_mask, token_types)[:, 0])))
 
 
+@takes_arguments_of(TextEncoder, "token_types")
 class CausalLM(TextModel):
     """Logits of the next token at every position, from what stands before it alone; decoder and token embeddings are tied.
 

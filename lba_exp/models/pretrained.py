@@ -15,6 +15,7 @@ from lba_exp import registry
 from lba_exp.errors import WeightsError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_CONFIG = "model_config"  # where a run's checkpoints keep a model's configuration
 
 
 def create(config: Mapping[str, Any]) -> nn.Module:

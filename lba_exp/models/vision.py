@@ -98,6 +98,9 @@ class VisionTransformer(Pretrained, MixerStack):
         x = self.run_blocks(self.dropout(x), padding_mask)
         return self.head(pool(self.norm(x), padding_mask, self.pooling))
 
+    def count_tokens(self, inputs: Tensor) -> int:
+        return inputs.shape[0] * (inputs.shape[2] // self.patch_size) * (inputs.shape[3] // self.patch_size)
+
     def _check_inputs(self, inputs: Tensor) -> None:
         valid = inputs.ndim == 4 and inputs.shape[1] == self.channels and inputs.is_floating_point()
         if self.positions is not None:

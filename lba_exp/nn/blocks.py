@@ -119,6 +119,10 @@ class MixerStack(nn.Module):
                 x = block(x, padding_mask)
         return x
 
+    def count_tokens(self, inputs: Tensor) -> int:
+        """Tokens in a batch of inputs without padding: what a rate of tokens per second counts."""
+        return inputs.shape[0] * inputs.shape[1]
+
     @property
     def mixers(self) -> list[nn.Module]:
         return [block.mixer for block in self.blocks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.decay_groups import weight_decay_groups
+from lba_exp.nn.inputs import further_inputs
 
 
 def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
@@ -58,6 +61,7 @@ class Classification(pl.LightningModule):
     ):
         super().__init__()
         self.model = model
+        self._compiled: Callable[..., Tensor] | None = None
         self.optim = dict(optim)
         self.seed = seed
         if hyper_parameters:
@@ -69,9 +73,24 @@ class Classification(pl.LightningModule):
         self.train_loss.persistent(True)
         self.train_accuracy.persistent(True)
 
+    def compile_model(self) -> None:
+        """Training, validation and test run the model compiled from now on; ``self.model`` itself stays as it is."""
+        self._compiled = torch.compile(self.model.forward)
+
+    def logits(self, batch: dict[str, Tensor], **further: Tensor) -> Tensor:
+        """What the model, compiled where that was asked for, gives for a batch; ``further`` arguments beside those in the batch."""
+        return (self._compiled or self.model)(batch["inputs"], **further_inputs(batch), **further)
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes) of a batch."""
-        return self.model(batch["inputs"], padding_mask=batch.get("padding_mask"))
+        return self.logits(batch)
+
+    def logits_and_labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(n, classes) and (n,): what loss and accuracy are computed from."""
+        return self(batch), batch["labels"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[MODEL_CONFIG] = getattr(self.model, "config", None)  # the model can be built without the data
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A state of the generator that depends on the position alone makes a resumed run repeat the uninterrupted one.
@@ -79,10 +98,10 @@ class Classification(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self(batch)
-        loss = nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.optim["label_smoothing"])
+        logits, labels = self.logits_and_labels(batch)
+        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.optim["label_smoothing"])
         self.train_loss.update(loss.detach(), weight=len(logits))
-        self.train_accuracy.update(logits.detach(), batch["labels"])
+        self.train_accuracy.update(logits.detach(), labels)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
@@ -108,10 +127,10 @@ class Classification(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        logits = self(batch)
+        logits, labels = self.logits_and_labels(batch)
         loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
-        loss.update(nn.functional.cross_entropy(logits.float(), batch["labels"]), weight=len(logits))
-        accuracy.update(logits, batch["labels"])
+        loss.update(nn.functional.cross_entropy(logits.float(), labels), weight=len(logits))
+        accuracy.update(logits, labels)
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
