@@ -38,13 +38,17 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     return module
 
 
-def mixer(cfg: DictConfig, layer: int) -> nn.Module:
-    """One token mixer of a model configuration."""
+def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> nn.Module:
+    """One token mixer of a model configuration; ``grid``: (height, width) of its tokens, where they are those of an image."""
     settings = OmegaConf.to_container(cfg.mixer)
     options, kind = settings.pop("options"), settings.pop("kind")
     constructor = registry.MIXERS[kind]
     if kind == "linear":
-        options = settings
+        if grid is None and settings["scan"] != "raster":
+            raise ConfigError(f"model.mixer.scan={settings['scan']} reads the tokens of a grid, and these data have none: use scan=raster.")
+        options = settings | {"layer": layer, "grid": grid, "class_token": cfg.pooling != "mean"}
+    elif kind == "softmax":
+        options = {"feature_map": settings["feature_map"], "direction": settings["direction"], "layer": layer}
     try:
         return constructor(cfg.width, cfg.heads, **options)
     except TypeError as error:
@@ -59,7 +63,7 @@ def model(cfg: DictConfig, spec: DataSpec) -> nn.Module:
     for key in ("name", "kind", "mixer", "heads"):
         settings.pop(key)
     shape = {"classes": spec.classes, "channels": spec.channels, "vocabulary": spec.vocabulary, "length": spec.length}
-    return registry.MODELS[cfg.kind](make_mixer=lambda layer: mixer(cfg, layer), **shape, **settings)
+    return registry.MODELS[cfg.kind](make_mixer=lambda layer: mixer(cfg, layer, spec.grid), **shape, **settings)
 
 
 def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:

@@ -116,6 +116,7 @@ class PixelSequences(pl.LightningDataModule):
             vocabulary=None,
             sizes={split: len(found) for split, found in self._splits.items()},
             fingerprint=self._fingerprint(shape),
+            grid=shape,
         )
 
     def state_dict(self) -> dict[str, Any]:
