@@ -28,6 +28,7 @@ from lba_exp.config import DataSchema, ModelSchema
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import ConfigError
 from lba_exp.models.pretrained import create
+from lba_exp.models.vision import patch_grid
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
 
@@ -54,13 +55,21 @@ def fitting(constructor: Callable, settings: dict[str, Any], schema: Any, group:
     return {key: value for key, value in settings.items() if key in parameters}
 
 
-def mixer(cfg: DictConfig, layer: int) -> dict[str, Any]:
-    """Kind and keyword arguments of one token mixer of a model configuration."""
+def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Kind and keyword arguments of one token mixer; ``grid``: (height, width) of its tokens, where they are those of an image."""
     settings = OmegaConf.to_container(cfg.mixer)
     options, kind = settings.pop("options"), settings.pop("kind")
     constructor = registry.MIXERS[kind]
     if kind == "linear":
         options = settings
+        if settings["scan"] != "raster":
+            if grid is None:
+                raise ConfigError(f"model.mixer.scan={settings['scan']} reads the tokens of a grid, and these data have none: use raster.")
+            options |= {"grid": list(grid), "class_token": cfg.pooling != "mean"}
+    elif kind == "softmax":
+        options = {"feature_map": settings["feature_map"], "direction": settings["direction"]}
+    if kind in ("linear", "softmax") and settings["direction"] == "alternating":
+        options["layer"] = layer
     try:
         inspect.signature(constructor).bind(cfg.width, cfg.heads, **options)
     except TypeError as error:
@@ -85,10 +94,11 @@ def model(cfg: DictConfig, spec: DataSpec) -> nn.Module:
     parameters = inspect.signature(constructor).parameters
     if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         shape = {key: value for key, value in shape.items() if key in parameters}
-    mixers = [mixer(cfg, layer) for layer in range(cfg.depth)]
-    if all(other == mixers[0] for other in mixers):
-        mixers = mixers[0]
     try:
+        grid = patch_grid(spec.grid, cfg.patch_size) if "patch_size" in settings else spec.grid
+        mixers = [mixer(cfg, layer, grid) for layer in range(cfg.depth)]
+        if all(other == mixers[0] for other in mixers):
+            mixers = mixers[0]
         return create({"kind": cfg.kind, "heads": cfg.heads, **shape, **settings, "mixer": mixers})
     except ValueError as error:
         raise ConfigError(f"model: {str(error).rstrip('.')}.") from None

@@ -10,10 +10,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lba_exp import registry
-from lba_exp.config import TRAINER_OWNED, run_schema
+from lba_exp.config import TRAINER_OWNED, MixerSchema, run_schema
 from lba_exp.data.sources import check_source
 from lba_exp.errors import ConfigError
 from lba_exp.messages import bounds_words, unknown
+from lba_exp.nn.conflicts import linear_conflict, softmax_conflict
 
 PRECISIONS = (
     "16-true",
@@ -49,10 +50,7 @@ def check(cfg: DictConfig) -> None:
             f"model.heads={model.heads} does not divide model.width={model.width}: "
             f"choose one of {', '.join(map(str, near))} heads, or another width."
         )
-    if mixer.options and mixer.kind in ("linear", "softmax"):
-        raise ConfigError(
-            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
-        )
+    _check_mixer(mixer)
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
     _check_fit(cfg)
@@ -84,6 +82,20 @@ def _check_fit(cfg: DictConfig) -> None:
     task = "language_modelling" if data.kind == "text_blocks" else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
+
+
+def _check_mixer(mixer: DictConfig) -> None:
+    if mixer.options and mixer.kind in ("linear", "softmax"):
+        raise ConfigError(
+            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
+        )
+    settings, conflict = dict(mixer), None
+    if mixer.kind == "linear":
+        conflict = linear_conflict(settings)
+    elif mixer.kind == "softmax":
+        conflict = softmax_conflict(settings, vars(MixerSchema()))
+    if conflict:
+        raise ConfigError(f"model.mixer.{conflict}.")
 
 
 def _check_trainer(trainer: DictConfig) -> None:

@@ -32,12 +32,33 @@ def setting(default: Any, about: str, **bounds: Any) -> Any:
 class MixerSchema:
     kind: str = setting("linear", "token mixer", names=registry.MIXERS)
     feature_map: str = setting("silu_normalised", "feature map on q and k", names=registry.FEATURE_MAPS)
-    gate: str = setting("selective", "decay: none, learned per head, or computed from the token", names=registry.GATES)
+    gate: str = setting("selective", "decay: none, learned, or computed from the token; per head or per channel", names=registry.GATES)
     gate_init: str = setting(
-        "timescales", "initial decays: log-spaced memory lengths, or the paper's random ones", choices=("timescales", "random")
+        "timescales",
+        "initial decays: log-spaced memory lengths, the paper's random ones, RetNet's, or a HiPPO diagonal (n + 1 or 1/2)",
+        choices=("timescales", "random", "retnet", "hippo", "hippo_lin"),
     )
+    gate_trained: bool = setting(True, "false: the decays stay as they start")
+    dt_min: float = setting(1e-3, "smallest step of the HiPPO diagonal", above=0)
+    dt_max: float = setting(1e-1, "largest step of the HiPPO diagonal", above=0)
     convention: str = setting("key", "which token's gate decays a step", choices=("key", "query", "symmetric"))
-    scale: str = setting("after", "divide by the sum of the masked scores, or not at all", choices=("after", "none"))
+    complement_keys: bool = setting(False, "multiply keys by 1 - decay, as Gated RFA does")
+    open_first: bool = setting(False, "the first token's gate is 1, as the class token's in the paper's vision code")
+    scale: str = setting(
+        "after", "divide by the sum of the scores after or before the decays act, or not at all", choices=("after", "before", "none")
+    )
+    norm: str = setting("none", "norm after attention; group: each head by itself", choices=("none", "layer", "rms", "group"))
+    direction: str = setting(
+        "both",
+        "which side a token reads; alternating: forward, backward, ... by layer",
+        choices=("both", "forward", "backward", "alternating"),
+    )
+    diagonal: str = setting("once", "how often a token's own score counts; twice: the directions' plain sum", choices=("once", "twice"))
+    scan: str = setting(
+        "raster",
+        "order of a grid's tokens: as they come, every other row backwards, or snakes over rows and over columns",
+        choices=("raster", "snake", "multi"),
+    )
     form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "auto"))
     chunk_size: int = setting(64, "tokens per chunk of the chunkwise form", low=1)
     options: dict[str, Any] = setting({}, "keyword arguments of a mixer that a plugin registers")

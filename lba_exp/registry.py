@@ -63,7 +63,15 @@ FEATURE_MAPS = Registry(
     {name: f"lba_exp.nn.feature_maps:{name}" for name in ("identity", "elu_plus_one", "silu_normalised", "relu", "sigmoid", "softmax")},
 )
 GATES = Registry(
-    "gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"}
+    "gate",
+    {
+        "none": "lba_exp.nn.gates:NoGate",
+        "fixed": "lba_exp.nn.gates:FixedGate",
+        "selective": "lba_exp.nn.gates:SelectiveGate",
+        "fixed_vector": "lba_exp.nn.gates:FixedVectorGate",
+        "selective_vector": "lba_exp.nn.gates:SelectiveVectorGate",
+        "softplus_vector": "lba_exp.nn.gates:SoftplusVectorGate",
+    },
 )
 MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
 MODELS = Registry(

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "registry": {"errors"},
     "config": BASE,
     "messages": BASE,
-    "checks": BASE | {"config", "messages", "data"},
+    "checks": BASE | {"config", "messages", "data", "nn"},
     "config_files": BASE | {"checks", "messages"},
     "composing": BASE | {"config", "config_files", "messages", "checks"},
 }
