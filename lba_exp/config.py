@@ -48,6 +48,7 @@ class MixerSchema:
         "after", "divide by the sum of the scores after or before the decays act, or not at all", choices=("after", "before", "none")
     )
     norm: str = setting("none", "norm after attention; group: each head by itself", choices=("none", "layer", "rms", "group"))
+    norm_eps: float = setting(1e-5, "added to the variance of that norm", above=0)
     direction: str = setting(
         "both",
         "which side a token reads; alternating: forward, backward, ... by layer",

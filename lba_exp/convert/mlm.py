@@ -111,7 +111,7 @@ def _mixer(published: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
     if gate == "none" and not norm:
         return {"kind": "softmax"}
     settings = {"kind": "linear", "feature_map": "identity", "gate": gate, "convention": "key", "scale": "none"}
-    return settings | ({"norm": "layer"} if norm else {})
+    return settings | ({"norm": "layer", "norm_eps": 1e-12} if norm else {})
 
 
 def _modern(name: str) -> str:

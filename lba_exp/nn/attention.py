@@ -27,12 +27,14 @@ class HeadNorm(nn.GroupNorm):
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
-def make_norm(norm: str, width: int, heads: int) -> nn.Module:
+def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
     """The norm between attention and output projection: (B, L, width) -> (B, L, width)."""
     choice("norm", norm, NORMS)
     if norm == "none":
         return nn.Identity()
-    return {"layer": lambda: nn.LayerNorm(width), "rms": lambda: nn.RMSNorm(width), "group": lambda: HeadNorm(heads, width)}[norm]()
+    if norm == "layer":
+        return nn.LayerNorm(width, eps=eps)
+    return nn.RMSNorm(width, eps=eps) if norm == "rms" else HeadNorm(heads, width, eps=eps)
 
 
 def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None) -> Tensor:
@@ -71,6 +73,7 @@ class LinearAttention(nn.Module):
         scale: ``"after"`` divides each row by the sum of its masked scores; ``"before"`` by the sum of its scores before the decays act
             (the same tokens, all weighed 1); ``"none"`` divides the queries by the root of the features per head instead.
         norm: after attention: ``"none"``, ``"layer"`` or ``"rms"`` over all heads, ``"group"`` for each head by itself.
+        norm_eps: added to that norm's variance.
         direction: ``"both"``, ``"forward"``, ``"backward"``, or ``"alternating"`` (by ``layer``: even ones forward, odd ones backward).
         diagonal: ``"once"``, or ``"twice"``, the plain sum of two directions, which counts each token's own score twice.
         scan: order in which a grid is read: ``"raster"`` (as it comes), ``"snake"`` (every other row backwards), or ``"multi"``: the snake
@@ -102,6 +105,7 @@ class LinearAttention(nn.Module):
         open_first: bool = False,
         scale: str = "after",
         norm: str = "none",
+        norm_eps: float = 1e-5,
         direction: str = "both",
         diagonal: str = "once",
         scan: str = "raster",
@@ -142,7 +146,7 @@ class LinearAttention(nn.Module):
         self.gate2 = GATES[gate](width, heads, gate_init, **start) if scan == "multi" else None
         for gates in self._gates:
             gates.requires_grad_(gate_trained)
-        self.norm = make_norm(norm, width, heads)
+        self.norm = make_norm(norm, width, heads, norm_eps)
         self.output = nn.Linear(width, width)
         self.form = form
         if scan != "raster":
