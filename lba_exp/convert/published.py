@@ -46,9 +46,7 @@ def reloaded(published: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.M
         return mlm.load_lion_mlm(published, num_heads=config["heads"])
     softmax = any(mixer["kind"] == "softmax" for mixer in config["mixer"])
     pool = "cls" if config["pooling"] == "class_token" else "mean"
-    return vision.load_lion_vision(
-        published, num_heads=config["heads"], image_size=config["image_size"], pool=pool, softmax=softmax
-    )
+    return vision.load_lion_vision(published, num_heads=config["heads"], image_size=config["image_size"], pool=pool, softmax=softmax)
 
 
 def _check_meaning(config: Mapping[str, Any], read: Mapping[str, Any]) -> None:

@@ -55,8 +55,7 @@ def load_lion_vision(
     except ValueError as error:
         raise WeightsError(f"{error}.") from None
     layers = [
-        _mixer(published, layer, grid=grid, class_token=class_token, softmax=softmax)
-        for layer in range(names.depth(published, "blocks"))
+        _mixer(published, layer, grid=grid, class_token=class_token, softmax=softmax) for layer in range(names.depth(published, "blocks"))
     ]
     config = {
         "kind": "vit",
