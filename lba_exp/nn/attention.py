@@ -17,7 +17,7 @@ from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
 NORMS = ("none", "layer", "rms", "group")
-EPS = 1e-6  # added to denominators
+EPS = 1e-6  # added to denominators, and to the mean square of the RMS norm
 
 
 class HeadNorm(nn.GroupNorm):
@@ -27,14 +27,21 @@ class HeadNorm(nn.GroupNorm):
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm in the dtype of its weights: autocast leaves it in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
     """The norm between attention and output projection: (B, L, width) -> (B, L, width)."""
     choice("norm", norm, NORMS)
     if norm == "none":
         return nn.Identity()
-    if norm == "layer":
-        return nn.LayerNorm(width, eps=eps)
-    return nn.RMSNorm(width, eps=eps) if norm == "rms" else HeadNorm(heads, width, eps=eps)
+    if norm == "group":
+        return HeadNorm(heads, width, eps=eps)
+    return nn.LayerNorm(width, eps=eps) if norm == "layer" else RMSNorm(width, eps=eps)
 
 
 def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None) -> Tensor:
