@@ -116,7 +116,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         state = "grows" if row["state_size"] is None else f"{row['state_size']:,}"
         first = [row["preset"], f"{row['parameters']:,}", state]
-        lines = [[form, scientific(e["logits"]), scientific(e["operator"])] for form, e in row["forms"].items()] or [["one form only", "", ""]]
+        lines = [[form, scientific(e["logits"]), scientific(e["operator"])] for form, e in row["forms"].items()]
+        lines = lines or [["one form only", "", ""]]
         for number, line in enumerate(lines):
             texts = [*(first if number == 0 else [""] * 3), *line, f"{row['step_ms']:.1f} ms" if number == 0 else ""]
             table.add_row(*map(Text, texts))
