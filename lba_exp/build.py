@@ -44,11 +44,15 @@ def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> n
     options, kind = settings.pop("options"), settings.pop("kind")
     constructor = registry.MIXERS[kind]
     if kind == "linear":
-        if grid is None and settings["scan"] != "raster":
-            raise ConfigError(f"model.mixer.scan={settings['scan']} reads the tokens of a grid, and these data have none: use scan=raster.")
-        options = settings | {"layer": layer, "grid": grid, "class_token": cfg.pooling != "mean"}
+        options = settings
+        if settings["scan"] != "raster":
+            if grid is None:
+                raise ConfigError(f"model.mixer.scan={settings['scan']} reads a grid's tokens, and these data have none: use scan=raster.")
+            options |= {"grid": list(grid), "class_token": cfg.pooling != "mean"}
     elif kind == "softmax":
-        options = {"feature_map": settings["feature_map"], "direction": settings["direction"], "layer": layer}
+        options = {"feature_map": settings["feature_map"], "direction": settings["direction"]}
+    if kind in ("linear", "softmax") and settings["direction"] == "alternating":
+        options["layer"] = layer
     try:
         return constructor(cfg.width, cfg.heads, **options)
     except TypeError as error:

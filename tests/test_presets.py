@@ -182,7 +182,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_sentence(overrides):
 def test_a_scan_without_a_grid_is_refused():
     cfg = composed("lion_s_multiscan")
     flat = DataSpec("flat", LENGTH, CLASSES, ["a", "b", "c"], 1, None, {"train": 4}, "0")
-    with pytest.raises(ConfigError, match=r"model\.mixer\.scan=multi reads the tokens of a grid, and these data have none"):
+    with pytest.raises(ConfigError, match=r"model\.mixer\.scan=multi reads a grid's tokens, and these data have none"):
         build.model(cfg.model, flat)
 
 
