@@ -42,6 +42,15 @@ def test_a_wrong_form_shows(monkeypatch):
     assert errors["chunkwise"]["operator"] < 2e-5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_named_and_threads_are_given_back(capsys):
+    with pytest.raises(ConfigError, match="--device cuda: torch finds no GPU here"):
+        presets.run(["softmax"], SMALL, device="cuda")
+    before = torch.get_num_threads()
+    presets.run(["softmax"], SMALL, threads=1)
+    assert "CPU, 1 threads" in capsys.readouterr().out and torch.get_num_threads() == before
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(ConfigError, match=r"model=lion_x: .* did you mean"):
         rows("lion_x")
