@@ -64,7 +64,7 @@ def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> d
         options = settings
         if settings["scan"] != "raster":
             if grid is None:
-                raise ConfigError(f"model.mixer.scan={settings['scan']} reads the tokens of a grid, and these data have none: use raster.")
+                raise ConfigError(f"model.mixer.scan={settings['scan']} reads a grid's tokens, and these data have none: use scan=raster.")
             options |= {"grid": list(grid), "class_token": cfg.pooling != "mean"}
     elif kind == "softmax":
         options = {"feature_map": settings["feature_map"], "direction": settings["direction"]}

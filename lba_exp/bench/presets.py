@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,27 @@ from torch import nn
 from lba_exp import build
 from lba_exp.callbacks import parity_measure as measure
 from lba_exp.composing import compose, options
+from lba_exp.errors import ConfigError
 from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.results.compare import run_form
 from lba_exp.results.screen import scientific
 
 COLUMNS = ("preset", "parameters", "state", "form", "logits", "operator", "training step")
 MEMORY_BUDGET_GIB = 4.0
+
+
+def run(names: Sequence[str] | None, overrides: Sequence[str], *, device: str = "cpu", threads: int | None = None) -> None:
+    """Measure and print the table; arguments as of ``measure_presets``, ``threads`` of torch. Raises ConfigError without such a device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; give cpu.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        show(list(measure_presets(names, overrides, device=device)))
+        where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        print(f"float32, batches of 64 sequences, fresh weights of seed 0; {where}, torch {torch.__version__}")
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure_presets(
@@ -116,7 +132,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         state = "grows" if row["state_size"] is None else f"{row['state_size']:,}"
         first = [row["preset"], f"{row['parameters']:,}", state]
-        lines = [[form, scientific(e["logits"]), scientific(e["operator"])] for form, e in row["forms"].items()] or [["one form only", "", ""]]
+        lines = [[form, scientific(e["logits"]), scientific(e["operator"])] for form, e in row["forms"].items()]
+        lines = lines or [["one form only", "", ""]]
         for number, line in enumerate(lines):
             texts = [*(first if number == 0 else [""] * 3), *line, f"{row['step_ms']:.1f} ms" if number == 0 else ""]
             table.add_row(*map(Text, texts))

@@ -140,7 +140,7 @@ class LinearAttention(nn.Module):
         self.scale = scale
         self.direction = direction_of_layer(direction, layer)
         self.diagonal_weight = 2.0 if diagonal == "twice" else 1.0
-        self.scan, self.grid, self.class_token = scan, grid, class_token
+        self.scan, self.grid, self.class_token = scan, None if grid is None else tuple(grid), class_token
         self.chunk_size = chunk_size
         self.qkv = nn.Linear(width, 3 * width)
         start = {}

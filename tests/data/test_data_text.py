@@ -6,7 +6,6 @@ import torch
 
 from lba_exp.data.text import TextBlocks
 from lba_exp.errors import DataError
-
 from tests.corpus import SPECIAL, WORDS, write_corpus
 
 CLS, SEP, MASK = (SPECIAL.index(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
