@@ -204,7 +204,7 @@ class RunSchema:
     root: str = setting("runs", "folder that holds the run folders")
     folder: str | None = setting(None, "the run's own folder; default: root/group/name/seed")
     resume: str = setting("auto", "auto: go on where the folder's run stopped; never: start anew; or a checkpoint to go on from")
-    init_from: str | None = setting(None, "checkpoint to take weights from, and nothing else")
+    init_from: str | None = setting(None, "checkpoint, or model.safetensors of a model folder, to take weights from, and nothing else")
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
     compile: bool = setting(False, "compile the model with torch.compile for training and validation")
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)

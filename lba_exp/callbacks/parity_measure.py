@@ -113,11 +113,15 @@ def _watched(model: nn.Module, see: Callable[[dict], None]) -> Iterator[None]:
 
 
 def layer_shapes(model: nn.Module, batch: Mapping[str, Any]) -> list[LayerShape]:
-    """(length, heads, key width, value width) of every call of the operator, seen on one sample of ``batch``."""
+    """(length, heads, key width, value width) of every call of the operator, seen on one sample of ``batch``.
+
+    Where a sample is several sequences (two towers), the heads of all are counted.
+    """
     shapes = []
 
     def see(operands):
-        shapes.append((*operands["q"].shape[1:], operands["v"].shape[-1]))
+        rows, length, heads, key_width = operands["q"].shape
+        shapes.append((length, rows * heads, key_width, operands["v"].shape[-1]))
 
     with _watched(model, see):
         run_form(model, model.form, head_of(batch, 1))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lba_exp import running
 from lba_exp.commands import convert as command
 from lba_exp.convert import (
     create,
@@ -162,6 +163,16 @@ def test_a_run_is_converted_without_its_data(finished, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert model(torch.randn(2, 64, 1)).shape == (2, 10)
     assert torch.equal(read_model(folder / "checkpoints" / "best.ckpt")(torch.ones(1, 64, 1)), model(torch.ones(1, 64, 1)))
+
+
+def test_a_run_may_start_from_the_weights_of_a_model_folder(finished, tmp_path):
+    lba_convert(finished[0], tmp_path / "x")
+    model = SequenceClassifier.from_pretrained(tmp_path / "x")
+    other = create(model.config)
+    running._load_weights(other, tmp_path / "x" / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ConfigError, match=r"init_from=.*model.safetensors holds another model"):
+        running._load_weights(create(model.config | {"depth": 2}), tmp_path / "x" / "model.safetensors")
 
 
 def test_a_setting_that_the_published_names_cannot_tell_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lba_exp.callbacks.parity_measure import layer_shapes
 from lba_exp.models.classifier import SequenceClassifier, TwoTowers
 from lba_exp.nn.attention import LinearAttention
 from lba_exp.nn.softmax import SoftmaxAttention
@@ -282,6 +283,7 @@ def test_two_towers_share_an_encoder(options):
         model.set_form(form)
         close(model(inputs, mask), expected)
     assert model.count_tokens(inputs) == 36
+    assert layer_shapes(model, {"inputs": inputs, "padding_mask": mask}) == 2 * [(6, 2 * 2, 4, 4)]
     with pytest.raises(ValueError, match=r"padding_mask: expected .*\(3, 2, 6\)"):
         model(inputs, mask[:, 0])
     with pytest.raises(ValueError, match=r"inputs: expected \(B, 2, L"):

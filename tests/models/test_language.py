@@ -8,6 +8,7 @@ import torch
 from lba_exp.models.language import CausalLM, MaskedLM, TextClassifier, TextEncoder
 from lba_exp.nn.attention import LinearAttention
 from lba_exp.nn.softmax import SoftmaxAttention
+from lba_exp.results.compare import run_form
 
 FORMS = ("parallel", "recurrent", "chunkwise")
 MLM = {"feature_map": "identity", "scale": "none", "chunk_size": 4}
@@ -67,6 +68,8 @@ def test_token_types_are_added():
     model, x = build(MaskedLM), ids()
     close(model(x, token_types=torch.zeros_like(x)), model(x))
     assert (model(x, token_types=torch.ones_like(x)) - model(x)).norm() > 1e-2
+    batch = {"inputs": x, "token_types": torch.ones_like(x)}
+    close(run_form(model, "recurrent", batch), model(x, token_types=torch.ones_like(x)))
     with pytest.raises(ValueError, match="token_types: expected an integer dtype of shape"):
         model(x, token_types=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="this model has no token types"):
