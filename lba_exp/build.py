@@ -8,6 +8,7 @@ import os
 import sys
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from lba_exp.callbacks.parity import Parity
 from lba_exp.callbacks.preemption import Preemption
 from lba_exp.callbacks.recorder import Recorder
 from lba_exp.callbacks.resplitting import Resplitting
+from lba_exp.config import DataSchema, ModelSchema
 from lba_exp.data.spec import DataSpec
 from lba_exp.devices import fsdp  # noqa: F401 (makes the strategy known to Lightning by its name)
 from lba_exp.devices.signals import Requests
 from lba_exp.errors import ConfigError
+from lba_exp.models.pretrained import create
+from lba_exp.models.vision import patch_grid
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
 
@@ -38,26 +42,48 @@ from lba_exp.results.metrics_log import MetricsLog
 def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     """The data module of a configuration, ready to use (``setup`` done); raises DataError."""
     settings = OmegaConf.to_container(cfg.data)
-    settings["name"] = naming.data_name(cfg)
     settings.pop("global_batch_size")  # a matter of the number of devices, see ``batch_size``
-    module = registry.DATA[settings.pop("kind")](seed=cfg.seed, **settings)
+    constructor = registry.DATA[settings.pop("kind")]
+    settings = fitting(constructor, settings, DataSchema(), "data") | {"name": naming.data_name(cfg), "seed": cfg.seed}
+    module = constructor(**settings)
     module.setup(None)
     return module
 
 
-def mixer(cfg: DictConfig, layer: int) -> nn.Module:
-    """One token mixer of a model configuration."""
+def fitting(constructor: Callable, settings: dict[str, Any], schema: Any, group: str) -> dict[str, Any]:
+    """The settings that a constructor takes; ConfigError for one that is set, away from its default, and that it does not take."""
+    parameters = inspect.signature(constructor).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return settings
+    for key, value in settings.items():
+        if key not in parameters and key not in ("name", "source") and value != getattr(schema, key):
+            taken = ", ".join(name for name in parameters if hasattr(schema, name))
+            raise ConfigError(f"{group}.{key}={value} means nothing to {constructor.__name__}: it takes {taken}.")
+    return {key: value for key, value in settings.items() if key in parameters}
+
+
+def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Kind and keyword arguments of one token mixer; ``grid``: (height, width) of its tokens, where they are those of an image."""
     settings = OmegaConf.to_container(cfg.mixer)
     options, kind = settings.pop("options"), settings.pop("kind")
     constructor = registry.MIXERS[kind]
     if kind == "linear":
         options = settings
+        if settings["scan"] != "raster":
+            if grid is None:
+                raise ConfigError(f"model.mixer.scan={settings['scan']} reads a grid's tokens, and these data have none: use scan=raster.")
+            options |= {"grid": list(grid), "class_token": cfg.pooling != "mean"}
+    elif kind == "softmax":
+        options = {"feature_map": settings["feature_map"], "direction": settings["direction"]}
+    if kind in ("linear", "softmax") and settings["direction"] == "alternating":
+        options["layer"] = layer
     try:
-        return constructor(cfg.width, cfg.heads, **options)
+        inspect.signature(constructor).bind(cfg.width, cfg.heads, **options)
     except TypeError as error:
         raise ConfigError(
             f"model.mixer.options does not fit the mixer {kind!r} ({error}); it takes {inspect.signature(constructor)}."
         ) from None
+    return {"kind": kind, **options}
 
 
 def model(cfg: DictConfig, spec: DataSpec) -> nn.Module:
@@ -65,17 +91,36 @@ def model(cfg: DictConfig, spec: DataSpec) -> nn.Module:
     settings = OmegaConf.to_container(cfg)
     for key in ("name", "kind", "mixer", "heads"):
         settings.pop(key)
+    if settings["norm_position"] is None:  # the model's own
+        settings.pop("norm_position")
+    constructor = registry.MODELS[cfg.kind]
+    settings = fitting(constructor, settings, ModelSchema(), "model")
     shape = {"classes": spec.classes, "channels": spec.channels, "vocabulary": spec.vocabulary, "length": spec.length}
-    return registry.MODELS[cfg.kind](make_mixer=lambda layer: mixer(cfg, layer), **shape, **settings)
+    if spec.grid is not None:
+        shape["image_size"] = list(spec.grid)
+    parameters = inspect.signature(constructor).parameters
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        shape = {key: value for key, value in shape.items() if key in parameters}
+    try:
+        grid = patch_grid(spec.grid, cfg.patch_size) if "patch_size" in settings else spec.grid
+        mixers = [mixer(cfg, layer, grid) for layer in range(cfg.depth)]
+        if all(other == mixers[0] for other in mixers):
+            mixers = mixers[0]
+        return create({"kind": cfg.kind, "heads": cfg.heads, **shape, **settings, "mixer": mixers})
+    except ValueError as error:
+        raise ConfigError(f"model: {str(error).rstrip('.')}.") from None
 
 
 def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     """Model, loss, metrics and optimizer of a run; the weights are a function of the seed."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    return registry.TASKS[cfg.task](
+    built = registry.TASKS[cfg.task](
         model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain
     )
+    if cfg.compile:
+        built.compile_model()
+    return built
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list:

@@ -10,10 +10,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lba_exp import registry
-from lba_exp.config import TRAINER_OWNED, run_schema
+from lba_exp.config import TRAINER_OWNED, MixerSchema, run_schema
 from lba_exp.data.sources import check_source
 from lba_exp.errors import ConfigError
 from lba_exp.messages import bounds_words, unknown
+from lba_exp.nn.conflicts import linear_conflict, softmax_conflict
 
 PRECISIONS = (
     "16-true",
@@ -50,12 +51,10 @@ def check(cfg: DictConfig) -> None:
             f"model.heads={model.heads} does not divide model.width={model.width}: "
             f"choose one of {', '.join(map(str, near))} heads, or another width."
         )
-    if mixer.options and mixer.kind in ("linear", "softmax"):
-        raise ConfigError(
-            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
-        )
+    _check_mixer(mixer)
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
+    _check_fit(cfg)
     _check_trainer(cfg.trainer)
     if cfg.trainer.strategy == "fsdp2" and cfg.data.eval_batch_size == 1:
         raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
@@ -64,6 +63,42 @@ def check(cfg: DictConfig) -> None:
     if cfg.init_from is not None and not Path(cfg.init_from).expanduser().is_file():
         raise ConfigError(f"init_from={cfg.init_from} is no file: give the path of a checkpoint.")
     check_source(cfg.data.source)
+
+
+def _check_fit(cfg: DictConfig) -> None:
+    """Model, data and task of this package that do not go together; those of plugins are left to whoever wrote them."""
+    model, data = cfg.model.kind, cfg.data
+    if data.kind == "pixel_sequences":
+        layout = {"vit": "image", "sequence_classifier": "pixels"}.get(model, data.layout)
+        if data.layout != layout:
+            raise ConfigError(f"model.kind={model} does not take data.layout={data.layout}: give data.layout={layout}.")
+        if model in ("two_towers", "masked_lm", "text_classifier", "causal_lm"):
+            raise ConfigError(f"model.kind={model} does not read images (data.kind={data.kind}): give data=text, or a model of images.")
+    if data.kind == "text_blocks":
+        objective = {"masked_lm": "masked", "causal_lm": "causal"}.get(model)
+        if objective is None and model in registry.MODELS.builtin:
+            raise ConfigError(f"model.kind={model} is no language model, which data.kind=text_blocks needs: give masked_lm or causal_lm.")
+        if objective is not None and data.objective != objective:
+            raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
+        if data.vocabulary is None or not Path(data.vocabulary).expanduser().is_file():
+            raise ConfigError(f"data.vocabulary={data.vocabulary} is no file: give a WordPiece vocabulary, one token a line.")
+    task = "language_modelling" if data.kind == "text_blocks" else "classification"
+    if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
+        raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
+
+
+def _check_mixer(mixer: DictConfig) -> None:
+    if mixer.options and mixer.kind in ("linear", "softmax"):
+        raise ConfigError(
+            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
+        )
+    settings, conflict = dict(mixer), None
+    if mixer.kind == "linear":
+        conflict = linear_conflict(settings)
+    elif mixer.kind == "softmax":
+        conflict = softmax_conflict(settings, vars(MixerSchema()))
+    if conflict:
+        raise ConfigError(f"model.mixer.{conflict}.")
 
 
 def _check_trainer(trainer: DictConfig) -> None:

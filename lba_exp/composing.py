@@ -25,7 +25,7 @@ from lba_exp.config_files import check_file
 from lba_exp.errors import ConfigError
 
 CONFIG_NAME = "train"
-GROUPS = ("model", "data", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
+GROUPS = ("model", "size", "data", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
 ROW_KEYS = ("origin.row", "origin.row_overrides")  # how a sweep tells a job which of its variants it is
 GLOBAL_GROUPS = ("debug", "experiments", "sweeps")  # their files need `# @package _global_`
 
@@ -90,7 +90,7 @@ def check_override(override: Override, further: Sequence[Path] = ()) -> None:
     if key in GROUPS and not override.is_delete():
         known = options(key, further)
         for value in values(override):
-            if value in (None, "null") and key in GLOBAL_GROUPS:
+            if value in (None, "null") and key in (*GLOBAL_GROUPS, "size"):
                 continue
             if str(value) not in known:
                 raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")

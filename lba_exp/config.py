@@ -32,12 +32,34 @@ def setting(default: Any, about: str, **bounds: Any) -> Any:
 class MixerSchema:
     kind: str = setting("linear", "token mixer", names=registry.MIXERS)
     feature_map: str = setting("silu_normalised", "feature map on q and k", names=registry.FEATURE_MAPS)
-    gate: str = setting("selective", "decay: none, learned per head, or computed from the token", names=registry.GATES)
+    gate: str = setting("selective", "decay: none, learned, or computed from the token; per head or per channel", names=registry.GATES)
     gate_init: str = setting(
-        "timescales", "initial decays: log-spaced memory lengths, or the paper's random ones", choices=("timescales", "random")
+        "timescales",
+        "initial decays: log-spaced memory lengths, the paper's random ones, RetNet's, or a HiPPO diagonal (n + 1 or 1/2)",
+        choices=("timescales", "random", "retnet", "hippo", "hippo_lin"),
     )
+    gate_trained: bool = setting(True, "false: the decays stay as they start")
+    dt_min: float = setting(1e-3, "smallest step of the HiPPO diagonal", above=0)
+    dt_max: float = setting(1e-1, "largest step of the HiPPO diagonal", above=0)
     convention: str = setting("key", "which token's gate decays a step", choices=("key", "query", "symmetric"))
-    scale: str = setting("after", "divide by the sum of the masked scores, or not at all", choices=("after", "none"))
+    complement_keys: bool = setting(False, "multiply keys by 1 - decay, as Gated RFA does")
+    open_first: bool = setting(False, "the first token's gate is 1, as the class token's in the paper's vision code")
+    scale: str = setting(
+        "after", "divide by the sum of the scores after or before the decays act, or not at all", choices=("after", "before", "none")
+    )
+    norm: str = setting("none", "norm after attention; group: each head by itself", choices=("none", "layer", "rms", "group"))
+    norm_eps: float = setting(1e-5, "added to the variance of that norm", above=0)
+    direction: str = setting(
+        "both",
+        "which side a token reads; alternating: forward, backward, ... by layer",
+        choices=("both", "forward", "backward", "alternating"),
+    )
+    diagonal: str = setting("once", "how often a token's own score counts; twice: the directions' plain sum", choices=("once", "twice"))
+    scan: str = setting(
+        "raster",
+        "order of a grid's tokens: as they come, every other row backwards, or snakes over rows and over columns",
+        choices=("raster", "snake", "multi"),
+    )
     form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "auto"))
     chunk_size: int = setting(64, "tokens per chunk of the chunkwise form", low=1)
     options: dict[str, Any] = setting({}, "keyword arguments of a mixer that a plugin registers")
@@ -50,10 +72,22 @@ class ModelSchema:
     width: int = setting(64, "features per token", low=1)
     depth: int = setting(3, "number of blocks", low=1)
     heads: int = setting(4, "heads per mixer; divides width", low=1)
+    mlp: str = setting("mlp", "GELU MLP, gated MLP, or S5's GLU on the mixer's output instead", choices=("mlp", "glu", "output_glu"))
     mlp_ratio: float = setting(2.0, "hidden width of the MLP over width", above=0)
     dropout: float = setting(0.1, "dropout on the residual branches", low=0, high=0.99)
+    drop_path: float = setting(0.0, "stochastic depth: share of samples that skip a branch, in the last block", low=0, high=0.99)
+    norm: str = setting("layer", "layer norm, or batch norm over the real tokens", choices=("layer", "batch"))
+    norm_position: str | None = setting(
+        None, "norm before or after each residual branch; default: post for masked language models, else pre", choices=("pre", "post")
+    )
     positional_embedding: bool = setting(True, "add a learned embedding of the position")
-    pooling: str = setting("mean", "how tokens become one vector", choices=("mean", "class_token"))
+    pooling: str = setting(
+        "mean",
+        "how tokens become one vector; mean_all: the mean over all tokens, a class token among them",
+        choices=("mean", "class_token", "mean_all"),
+    )
+    patch_size: int = setting(16, "height and width of a vision model's patches in pixels", low=1)
+    gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
     mixer: MixerSchema = field(default_factory=MixerSchema)
 
 
@@ -75,6 +109,14 @@ class DataSchema:
     eval_batch_size: int = setting(256, "sequences per batch in validation and test", low=1)
     workers: int = setting(0, "processes that load data", low=0)
     augment: str = setting("none", "training augmentation: none, or shifts by up to a pixel", choices=("none", "shift"))
+    layout: str = setting("pixels", "an image as a sequence of pixels, or whole, for models that cut patches", choices=("pixels", "image"))
+    text_column: str = setting("text", "column that holds the text")
+    vocabulary: str | None = setting(None, "file of a WordPiece vocabulary, one token a line")
+    lowercase: bool = setting(True, "texts are put into lower case, without accents, as an uncased vocabulary needs")
+    max_length: int = setting(128, "tokens of a block of text", low=8)
+    objective: str = setting("masked", "predict masked tokens, or the next one", choices=("masked", "causal"))
+    mask_fraction: float = setting(0.3, "share of the tokens that training predicts", above=0, high=0.9)
+    eval_mask_fraction: float = setting(0.15, "share of the tokens that validation and test predict", above=0, high=0.9)
 
 
 @dataclass
@@ -183,8 +225,9 @@ class RunSchema:
     root: str = setting("runs", "folder that holds the run folders")
     folder: str | None = setting(None, "the run's own folder; default: root/group/name/seed")
     resume: str = setting("auto", "auto: go on where the folder's run stopped; never: start anew; or a checkpoint to go on from")
-    init_from: str | None = setting(None, "checkpoint to take weights from, and nothing else")
+    init_from: str | None = setting(None, "checkpoint, or model.safetensors of a model folder, to take weights from, and nothing else")
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
+    compile: bool = setting(False, "compile the model with torch.compile for training and validation")
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)

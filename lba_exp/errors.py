@@ -31,3 +31,7 @@ class Terminated(UserError):
 
 class TrainingError(UserError):
     """Training that cannot go on: a loss that is not a number, a device out of memory."""
+
+
+class WeightsError(UserError, ValueError):
+    """Weights or a model folder that are not what was asked for, or that may not be overwritten."""

@@ -19,10 +19,14 @@ class Registry:
     Args:
         kind: what the entries are, in words, for messages ("feature map").
         entries: name -> import path ``module:attribute``.
+
+    Attributes:
+        builtin: the names that were there from the start.
     """
 
     def __init__(self, kind: str, entries: dict[str, str]):
         self.kind = kind
+        self.builtin = frozenset(entries)
         self._entries: dict[str, Any] = dict(entries)
 
     @property
@@ -59,9 +63,33 @@ FEATURE_MAPS = Registry(
     {name: f"lba_exp.nn.feature_maps:{name}" for name in ("identity", "elu_plus_one", "silu_normalised", "relu", "sigmoid", "softmax")},
 )
 GATES = Registry(
-    "gate", {"none": "lba_exp.nn.gates:NoGate", "fixed": "lba_exp.nn.gates:FixedGate", "selective": "lba_exp.nn.gates:SelectiveGate"}
+    "gate",
+    {
+        "none": "lba_exp.nn.gates:NoGate",
+        "fixed": "lba_exp.nn.gates:FixedGate",
+        "selective": "lba_exp.nn.gates:SelectiveGate",
+        "fixed_vector": "lba_exp.nn.gates:FixedVectorGate",
+        "selective_vector": "lba_exp.nn.gates:SelectiveVectorGate",
+        "softplus_vector": "lba_exp.nn.gates:SoftplusVectorGate",
+    },
 )
 MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
-MODELS = Registry("model", {"sequence_classifier": "lba_exp.models.classifier:SequenceClassifier"})
-TASKS = Registry("task", {"classification": "lba_exp.tasks.classification:Classification"})
-DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences"})
+MODELS = Registry(
+    "model",
+    {
+        "sequence_classifier": "lba_exp.models.classifier:SequenceClassifier",
+        "two_towers": "lba_exp.models.classifier:TwoTowers",
+        "vit": "lba_exp.models.vision:VisionTransformer",
+        "masked_lm": "lba_exp.models.language:MaskedLM",
+        "text_classifier": "lba_exp.models.language:TextClassifier",
+        "causal_lm": "lba_exp.models.language:CausalLM",
+    },
+)
+TASKS = Registry(
+    "task",
+    {
+        "classification": "lba_exp.tasks.classification:Classification",
+        "language_modelling": "lba_exp.tasks.language:LanguageModelling",
+    },
+)
+DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences", "text_blocks": "lba_exp.data.text:TextBlocks"})

@@ -26,6 +26,7 @@ from lba_exp import build, faults
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
+from lba_exp.convert.files import read_weights
 from lba_exp.devices.processes import end_the_others, let_the_first_finish
 from lba_exp.devices.sharding import load_weights
 from lba_exp.devices.signals import Requests
@@ -237,7 +238,10 @@ def _starting_point(cfg: DictConfig, folder: Path, task: torch.nn.Module, consol
 
 
 def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    state = {k.removeprefix("model."): v for k, v in load_checkpoint(path)["state_dict"].items() if k.startswith("model.")}
+    if path.suffix == ".safetensors":  # of a model folder
+        state = read_weights(path)
+    else:
+        state = {k.removeprefix("model."): v for k, v in load_checkpoint(path)["state_dict"].items() if k.startswith("model.")}
     _check_weights(model.state_dict(), state, f"init_from={path}")
     model.load_state_dict(state)
 

@@ -158,7 +158,8 @@ def test_every_entry_composes():
         for option in composing.options(group):
             composing.compose([f"{group}={option}"])
     for experiment in composing.options("experiments"):
-        needs = ["data.source=digits"] if experiment.startswith("fashion") else []
+        needs = ["data.source=digits"] if experiment.startswith(("fashion", "text")) else []
+        needs += [f"data.vocabulary={__file__}"] if experiment.startswith("text") else []
         assert composing.compose([f"experiments={experiment}", *needs]).origin.experiment == experiment
     for sweep in composing.options("sweeps"):
         jobs = planning.plan([f"sweeps={sweep}"]).jobs

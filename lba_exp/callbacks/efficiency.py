@@ -72,7 +72,8 @@ class Efficiency(pl.Callback):
             return
         with trainer.precision_plugin.forward_context():
             self._flops = training_flops(getattr(model, "_orig_mod", model), batch)
-        self._shape = tuple(batch["inputs"].shape[:2])
+        sequences = len(batch["inputs"])
+        self._shape = sequences, int(count_tokens(model, {"inputs": batch["inputs"]})) // sequences
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._limit = peak_flops(name, str(trainer.precision))
@@ -83,8 +84,7 @@ class Efficiency(pl.Callback):
             self._first = False
             self.train_seconds -= self._last
         else:
-            inputs, mask = batch["inputs"], batch.get("padding_mask")
-            self._here = self._here + (inputs.shape[0] * inputs.shape[1] if mask is None else mask.sum())
+            self._here = self._here + count_tokens(pl_module.model, batch)
             self.steps += 1 / trainer.accumulate_grad_batches
             self._batches += 1
         self._start()
@@ -193,3 +193,11 @@ def read_peak(device: torch.device) -> tuple[int | None, str]:
     return (
         (int(peak.group(1)) * 1024, "resident set of the process while training, libraries included") if peak else (None, "not available")
     )
+
+
+def count_tokens(model: torch.nn.Module, batch: dict[str, Any]) -> int | Tensor:
+    """Tokens of a batch, padding left out. A model of a plugin without ``count_tokens`` has a token a position of (B, L, ...)."""
+    inputs, mask = batch["inputs"], batch.get("padding_mask")
+    if mask is not None:
+        return mask.sum()
+    return model.count_tokens(inputs) if hasattr(model, "count_tokens") else inputs.shape[0] * inputs.shape[1]

@@ -33,9 +33,9 @@ class Parity(pl.Callback):
     operator is further off than ``operator_tolerance``, or where any of these is not a number. The reference form fails by its operator.
 
     A model has ``forms``, ``form``, ``set_form(form) -> previous form`` and is called as ``model(inputs, padding_mask) -> logits``; its
-    linear layers have ``operands(x, padding_mask)``. Without forms it is recorded as not applicable. Batches are dicts with ``inputs``,
-    ``labels`` and, where there is padding, ``padding_mask``. Training is not disturbed: flags, form, gradients, weights and torch's
-    generators are as before.
+    linear layers have ``operands(x, padding_mask)``, the operator's arguments (a list of them where a layer calls it several times; each
+    call is judged). Without forms it is recorded as not applicable. Batches are dicts with ``inputs``, ``labels`` and, where there is
+    padding, ``padding_mask``. Training is not disturbed: flags, form, gradients, weights and torch's generators are as before.
 
     Args:
         mode: ``"check"`` warns once per validation and records; ``"strict"`` raises ``lba_exp.errors.ParityError`` on all ranks.

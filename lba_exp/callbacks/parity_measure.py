@@ -90,13 +90,19 @@ def linear_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if callable(getattr(module, "operands", None))]
 
 
+def operator_calls(layer: nn.Module, x: Tensor, padding_mask: Tensor | None) -> list[dict]:
+    """The operands of each call of the operator that a linear layer makes: one, or one for each scan of its tokens."""
+    operands = layer.operands(x, padding_mask)
+    return [operands] if isinstance(operands, Mapping) else list(operands)
+
+
 @contextmanager
 def _watched(model: nn.Module, see: Callable[[dict], None]) -> Iterator[None]:
-    """Every linear layer hands the operands of its call to ``see`` before it runs."""
+    """Every linear layer hands the operands of each of its calls to ``see`` before it runs."""
 
     def hook(layer, args, kwargs):
-        mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-        see(layer.operands(args[0], mask))
+        for operands in operator_calls(layer, args[0], args[1] if len(args) > 1 else kwargs.get("padding_mask")):
+            see(operands)
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in linear_layers(model)]
     try:
@@ -107,11 +113,15 @@ def _watched(model: nn.Module, see: Callable[[dict], None]) -> Iterator[None]:
 
 
 def layer_shapes(model: nn.Module, batch: Mapping[str, Any]) -> list[LayerShape]:
-    """(length, heads, key width, value width) of every call of the operator, seen on one sample of ``batch``."""
+    """(length, heads, key width, value width) of every call of the operator, seen on one sample of ``batch``.
+
+    Where a sample is several sequences (two towers), the heads of all are counted.
+    """
     shapes = []
 
     def see(operands):
-        shapes.append((*operands["q"].shape[1:], operands["v"].shape[-1]))
+        rows, length, heads, key_width = operands["q"].shape
+        shapes.append((length, rows * heads, key_width, operands["v"].shape[-1]))
 
     with _watched(model, see):
         run_form(model, model.form, head_of(batch, 1))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from lba_exp.data.base import SplitData
 from lba_exp.data.labels import SPLITS, cut_splits, read_labels, some
-from lba_exp.data.loader import ResumableLoader
 from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
 from lba_exp.data.reading import read_splits
 from lba_exp.data.sources import resolve_source
@@ -18,14 +17,17 @@ from lba_exp.data.spec import DataSpec
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
 
+LAYOUTS = ("pixels", "image")
 
-class PixelSequences(pl.LightningDataModule):
-    """Classification of images, each a sequence of its grey pixels in row-major order.
 
-    A batch is ``{"inputs": (B, L, 1) float32, "labels": (B,) int64}``; inputs have the mean of the training split's pixels taken off
-    and are divided by their standard deviation. Training batches come shuffled from a ``ResumableLoader`` (not shuffled under
-    Lightning's ``overfit_batches``); evaluation gives each sample exactly once over all devices. Images are decoded once and kept as
-    uint8; beyond 2 GiB they are decoded when asked for, and mean and deviation come from 10,000 training images.
+class PixelSequences(SplitData):
+    """Classification of images, each a sequence of its grey pixels in row-major order, or whole.
+
+    A batch is ``{"inputs": (B, L, 1) float32, "labels": (B,) int64}``, with inputs (B, 1, height, width) in the layout "image"; inputs
+    have the mean of the training split's pixels taken off and are divided by their standard deviation. Training batches come shuffled
+    from a ``ResumableLoader`` (not shuffled under Lightning's ``overfit_batches``); evaluation gives each sample exactly once over all
+    devices. Images are decoded once and kept as uint8; beyond 2 GiB they are decoded when asked for, and mean and deviation come from
+    10,000 training images.
 
     Args:
         source: "digits" (scikit-learn's 1,797 digits of 8 x 8 pixels, split 70/10/20 %), a local folder (train.parquet and test.parquet,
@@ -39,9 +41,10 @@ class PixelSequences(pl.LightningDataModule):
         workers: processes that load; 0: the training process itself.
         seed: of the training order and the augmentation.
         augment: "none", or "shift" (training images moved by up to one pixel each way).
+        layout: "pixels" (sequences), or "image" (for models that cut patches).
 
     Raises:
-        DataError: an unknown ``augment``; in ``setup``: data that is missing or not as described.
+        DataError: an unknown ``augment`` or ``layout``; in ``setup``: data that is missing or not as described.
     """
 
     def __init__(
@@ -60,23 +63,17 @@ class PixelSequences(pl.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         augment: str = "none",
+        layout: str = "pixels",
     ):
-        super().__init__()
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, workers=workers, seed=seed)
+        if layout not in LAYOUTS:
+            raise DataError(unknown(str(layout), LAYOUTS, "a layout (data.layout)"))
         if augment not in AUGMENTATIONS:
             raise DataError(unknown(str(augment), AUGMENTATIONS, "an augmentation (data.augment)"))
         self.source, self.name, self.image_column, self.label_column, self.size = source, name, image_column, label_column, size
         self.validation_fraction, self.test_fraction, self.split_seed = validation_fraction, test_fraction, split_seed
-        self.batch_size, self.eval_batch_size, self.workers, self.seed, self.augment = batch_size, eval_batch_size, workers, seed, augment
+        self.augment, self.layout = augment, layout
         self._raw: dict[str, Any] | None = None
-        self._splits: dict[str, PixelSplit] | None = None
-        self._spec: DataSpec | None = None
-
-    @property
-    def spec(self) -> DataSpec:
-        """The data set in numbers and names; RuntimeError before ``setup``."""
-        if self._spec is None:
-            raise RuntimeError("call setup() before asking for the spec")
-        return self._spec
 
     def prepare_data(self) -> None:
         """Reads, or downloads, on one process; the others then find it in the cache."""
@@ -105,7 +102,7 @@ class PixelSequences(pl.LightningDataModule):
         of, rows = cut["train"]
         if not fits:
             rows = np.sort(np.random.default_rng(0).permutation(rows)[:STATISTICS_SAMPLE])
-        self._normalise = Normalise(*statistics(pixels[of], rows))
+        self._normalise = Normalise(*statistics(pixels[of], rows), self.layout)
         self._splits = {split: PixelSplit(pixels[of], labels[of][rows], rows) for split, (of, rows) in cut.items()}
         self._spec = DataSpec(
             name=name,
@@ -116,6 +113,7 @@ class PixelSequences(pl.LightningDataModule):
             vocabulary=None,
             sizes={split: len(found) for split, found in self._splits.items()},
             fingerprint=self._fingerprint(shape),
+            grid=shape,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,13 +121,6 @@ class PixelSequences(pl.LightningDataModule):
         spec = self.spec
         kept = {"mean": self._normalise.mean, "deviation": self._normalise.deviation}
         return kept | {"class_names": list(spec.class_names), "fingerprint": spec.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Called on resume; raises DataError where the data are not those that the checkpoint was made with."""
-        if state["fingerprint"] != self.spec.fingerprint:
-            raise DataError(
-                f"the data of {self.spec.name} have changed since the checkpoint was written: start a new run (name=, or resume=never)."
-            )
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Normalise as a trained model was, whose checkpoint holds ``state``; raises DataError where its classes are others."""
@@ -140,44 +131,15 @@ class PixelSequences(pl.LightningDataModule):
                 f"{self.spec.name} has the classes {some(own)}, and the model was trained on {some(theirs)}: give data of those classes, "
                 "in that order."
             )
-        self._normalise = Normalise(state["mean"], state["deviation"])
+        self._normalise = Normalise(state["mean"], state["deviation"], self.layout)
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches of the training split, augmented, in an order of their own every epoch."""
-        samples = self._split("train")
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
-        augmented = samples if AUGMENTATIONS[self.augment] is None else Augmented(samples, AUGMENTATIONS[self.augment])
-        return self._loader(augmented, self.batch_size, shuffle=not overfit, equal_shards=True)
+    def _training_samples(self) -> PixelSplit | Augmented:
+        samples, augment = self._split("train"), AUGMENTATIONS[self.augment]
+        return samples if augment is None else Augmented(samples, augment)
 
-    def val_dataloader(self) -> ResumableLoader:
-        return self.split_loader("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        return self.split_loader("test")
-
-    def split_loader(self, split: str) -> ResumableLoader:
-        """Batches for evaluation of "train", "validation" or "test": in order, not augmented, each sample once; raises DataError."""
-        return self._loader(self._split(split), self.eval_batch_size, shuffle=False, equal_shards=False)
-
-    def _split(self, split: str) -> PixelSplit:
-        self.setup()
-        if split not in self._splits:
-            raise DataError(unknown(split, SPLITS, f"a split of {self.spec.name}"))
-        return self._splits[split]
-
-    def _loader(self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool) -> ResumableLoader:
-        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return ResumableLoader(
-            samples,
-            batch_size,
-            seed=self.seed,
-            shuffle=shuffle,
-            workers=self.workers,
-            rank=rank,
-            world_size=ranks,
-            equal_shards=equal_shards,
-            collate=self._normalise,
-        )
+    @property
+    def _collate(self) -> Normalise:
+        return self._normalise
 
     def _fingerprint(self, shape: tuple[int, int]) -> str:
         """16 hexadecimal digits over shapes, labels and pixels of all splits; where not all are decoded, of the pixels the statistics."""
@@ -219,13 +181,14 @@ class Augmented:
 
 
 class Normalise:
-    """List of (uint8 image, label) -> batch; ``mean`` and ``deviation`` are those of pixels in 0..1."""
+    """List of (uint8 image, label) -> batch; ``mean`` and ``deviation`` are those of pixels in 0..1, ``layout`` is one of LAYOUTS."""
 
-    def __init__(self, mean: float, deviation: float):
-        self.mean, self.deviation = mean, deviation
+    def __init__(self, mean: float, deviation: float, layout: str = "pixels"):
+        self.mean, self.deviation, self.layout = mean, deviation, layout
         # 256 values in a table: no arithmetic on every pixel, and no threads that compete with the model's
         self._table = ((np.arange(256) / 255 - mean) / deviation).astype(np.float32)
 
     def __call__(self, samples: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
-        inputs = self._table.take(np.stack([image for image, _ in samples])).reshape(len(samples), -1, 1)
+        inputs = self._table.take(np.stack([image for image, _ in samples]))
+        inputs = inputs[:, None] if self.layout == "image" else inputs.reshape(len(samples), -1, 1)
         return {"inputs": torch.from_numpy(inputs), "labels": torch.tensor([label for _, label in samples])}

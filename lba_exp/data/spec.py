@@ -18,6 +18,7 @@ class DataSpec:
         vocabulary: number of tokens; None for continuous inputs.
         sizes: samples of each split.
         fingerprint: short hash of the splits' content, equal for equal data.
+        grid: (height, width) in pixels where a sample is an image; None elsewhere.
     """
 
     name: str
@@ -28,3 +29,4 @@ class DataSpec:
     vocabulary: int | None
     sizes: dict[str, int]
     fingerprint: str
+    grid: tuple[int, int] | None = None

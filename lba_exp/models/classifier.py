@@ -1,4 +1,4 @@
-"""One class for a whole sequence."""
+"""One class for a whole sequence, or for a pair of sequences."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lba_exp.nn.blocks import MixerStack, PreNormBlock
+from lba_exp.models.pretrained import Pretrained
+from lba_exp.nn.blocks import MixerStack, make_blocks
 from lba_exp.nn.checks import check_padding_mask, check_positive
 from lba_exp.nn.embeddings import ClassToken, PositionalEmbedding, channel_embedding, symbol_embedding
+from lba_exp.nn.norms import make_norm, normalise
+from lba_exp.nn.pooling import POOLINGS, pool
 from lba_exp.ops.checks import choice
 
-POOLINGS = ("mean", "class_token")
 
-
-class SequenceClassifier(MixerStack):
-    """Tokens -> embedding (+ positions) -> pre-norm blocks -> norm -> pooling -> classes.
+class SequenceClassifier(Pretrained, MixerStack):
+    """Tokens -> embedding (+ positions) -> blocks -> norm (pre-norm alone) -> pooling -> classes.
 
     Without positional embedding and with mean pooling the model cannot tell a sequence from its reverse (an image of a 6 read row by row
     from a 9): with the conventions ``key`` and ``query``, and with fixed or no decay, reversing the tokens reverses every layer's
@@ -30,10 +31,11 @@ class SequenceClassifier(MixerStack):
         channels: features of an input token, for inputs (B, L, channels) of real numbers; or
         vocabulary: number of symbols, for inputs (B, L) of integers. Exactly one of the two.
         length: number of positions; needed for, and used by, the positional embedding alone.
-        mlp_ratio: hidden width of each MLP over width.
-        dropout: on the residual branches.
+        mlp, mlp_ratio, dropout, drop_path, norm, norm_position: see ``lba_exp.nn.blocks.Block``.
         positional_embedding: add a learned vector to each position. The inputs may then have at most ``length`` tokens.
-        pooling: ``"mean"`` over the real tokens, or ``"class_token"``, a learned token put first.
+        pooling: ``"mean"`` over the real tokens, ``"class_token"``, a learned token put first, or ``"mean_all"``, the mean over the real
+            tokens and a class token.
+        gradient_checkpointing: see ``MixerStack``.
 
     Raises:
         ValueError: for a value that is not valid.
@@ -49,10 +51,15 @@ class SequenceClassifier(MixerStack):
         channels: int | None = None,
         vocabulary: int | None = None,
         length: int | None = None,
+        mlp: str = "mlp",
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm: str = "layer",
+        norm_position: str = "pre",
         positional_embedding: bool = True,
         pooling: str = "mean",
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         check_positive(classes=classes, width=width, depth=depth)
@@ -62,12 +69,16 @@ class SequenceClassifier(MixerStack):
         if positional_embedding and length is None:
             raise ValueError("length: expected the number of positions, which a positional embedding needs, got None")
         self.embedding = symbol_embedding(vocabulary, width) if channels is None else channel_embedding(channels, width)
-        self.channels = channels
+        self.channels, self.pooling, self.gradient_checkpointing = channels, pooling, gradient_checkpointing
         self.positions = PositionalEmbedding(length, width) if positional_embedding else None
-        self.class_token = ClassToken(width) if pooling == "class_token" else None
-        self.blocks = nn.ModuleList(PreNormBlock(make_mixer(layer), width, mlp_ratio=mlp_ratio, dropout=dropout) for layer in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+        self.class_token = ClassToken(width) if pooling != "mean" else None
+        options = {"mlp": mlp, "mlp_ratio": mlp_ratio, "dropout": dropout, "norm": norm, "norm_position": norm_position}
+        self.blocks = make_blocks(make_mixer, width, depth, drop_path=drop_path, **options)
+        self.norm = make_norm(norm, width, 1e-5) if norm_position == "pre" else nn.Identity()
+        self.head = self._make_head(width, classes)
+
+    def _make_head(self, width: int, classes: int) -> nn.Module:
+        return nn.Linear(width, classes)
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Logits of the classes.
@@ -83,7 +94,11 @@ class SequenceClassifier(MixerStack):
         Raises:
             ValueError: for inputs or a mask of another shape or dtype, and for more tokens than there are positions.
         """
-        self._check_inputs(inputs)
+        self._check_inputs(inputs, "")
+        return self.head(self.encode(inputs, padding_mask))
+
+    def encode(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """One vector a sequence, (B, width); arguments as in ``forward``."""
         check_padding_mask(padding_mask, *inputs.shape[:2])
         if padding_mask is not None:
             inputs = inputs.masked_fill(~(padding_mask if self.channels is None else padding_mask.unsqueeze(-1)), 0)
@@ -94,25 +109,51 @@ class SequenceClassifier(MixerStack):
             x = self.positions(x)
         if self.class_token is not None:
             x, padding_mask = self.class_token(x, padding_mask)
-        for block in self.blocks:
-            x = block(x, padding_mask)
-        return self.head(self._pool(self.norm(x), padding_mask))
+        x = self.run_blocks(x, padding_mask)
+        return pool(normalise(self.norm, x, padding_mask), padding_mask, self.pooling)
 
-    def _pool(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        if self.class_token is not None:
-            return x[:, 0]
-        if padding_mask is None:
-            return x.mean(1)
-        tokens = padding_mask.sum(1, keepdim=True).clamp(min=1)
-        return x.masked_fill(~padding_mask.unsqueeze(-1), 0).sum(1) / tokens
-
-    def _check_inputs(self, inputs: Tensor) -> None:
-        shape = tuple(inputs.shape)
+    def _check_inputs(self, inputs: Tensor, pair: str) -> None:
+        shape, dimensions = tuple(inputs.shape), 3 if pair else 2
         if self.channels is None:
-            valid = inputs.ndim == 2 and inputs.shape[1] >= 1 and not inputs.is_floating_point() and inputs.dtype != torch.bool
-            expected = "(B, L) of an integer dtype"
+            valid = inputs.ndim == dimensions and not inputs.is_floating_point() and inputs.dtype != torch.bool
+            expected = f"(B, {pair}L) of an integer dtype"
         else:
-            valid = inputs.ndim == 3 and inputs.shape[1] >= 1 and inputs.shape[2] == self.channels and inputs.is_floating_point()
-            expected = f"(B, L, {self.channels}) of a floating dtype"
-        if not valid:
+            valid = inputs.ndim == dimensions + 1 and inputs.shape[-1] == self.channels and inputs.is_floating_point()
+            expected = f"(B, {pair}L, {self.channels}) of a floating dtype"
+        if not valid or shape[dimensions - 1] < 1 or (pair and shape[1] != 2):
             raise ValueError(f"inputs: expected {expected}, with L >= 1, got {inputs.dtype} of shape {shape}")
+
+
+class TwoTowers(SequenceClassifier):
+    """One class for a pair of sequences, both encoded by the same weights (the retrieval task of Long Range Arena, arXiv 2011.04006).
+
+    From the two vectors a and b the classes are W2 GELU(W1 [a, b, a * b, a - b] + b1) + b2. Arguments as of ``SequenceClassifier``.
+    """
+
+    def count_tokens(self, inputs: Tensor) -> int:
+        return inputs.shape[0] * inputs.shape[1] * inputs.shape[2]
+
+    def _make_head(self, width: int, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, classes))
+
+    def forward(self, inputs: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits of the classes.
+
+        Args:
+            inputs: (B, 2, L) of an integer dtype, or (B, 2, L, channels) of a floating one; L >= 1.
+            padding_mask: (B, 2, L) bool, True at real tokens; None where all are.
+
+        Returns:
+            (B, classes), in the dtype of the weights or of autocast.
+
+        Raises:
+            ValueError: for inputs or a mask of another shape or dtype, and for more tokens than there are positions.
+        """
+        self._check_inputs(inputs, "2, ")
+        if padding_mask is not None:
+            if padding_mask.shape != inputs.shape[:3]:
+                expected, given = tuple(inputs.shape[:3]), tuple(padding_mask.shape)
+                raise ValueError(f"padding_mask: expected torch.bool of shape {expected}, True = real token, got shape {given}")
+            padding_mask = padding_mask.flatten(0, 1)
+        first, second = self.encode(inputs.flatten(0, 1), padding_mask).unflatten(0, (-1, 2)).unbind(1)
+        return self.head(torch.cat([first, second, first * second, first - second], dim=-1))

@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor, nn
 
 from lba_exp import ops
+from lba_exp.nn import hippo
 from lba_exp.nn.checks import check_heads, check_positive
-from lba_exp.ops.checks import choice
+from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
+from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
+from lba_exp.ops.checks import choice, unchecked_decays
 from lba_exp.registry import FEATURE_MAPS, GATES
 
-SCALES = ("after", "none")
+SCALES = ("after", "before", "none")
+NORMS = ("none", "layer", "rms", "group")
+EPS = 1e-6  # added to denominators, and to the mean square of the RMS norm
+
+
+class HeadNorm(nn.GroupNorm):
+    """Group norm with one group a head (RetNet, arXiv 2307.08621, equation 8), token by token: (B, L, width) -> (B, L, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm in the dtype of its weights: autocast leaves it in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
+    """The norm between attention and output projection: (B, L, width) -> (B, L, width)."""
+    choice("norm", norm, NORMS)
+    if norm == "none":
+        return nn.Identity()
+    if norm == "group":
+        return HeadNorm(heads, width, eps=eps)
+    return nn.LayerNorm(width, eps=eps) if norm == "layer" else RMSNorm(width, eps=eps)
+
+
+def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None) -> Tensor:
+    """Sums of undecayed scores, sum_j q_i . k_j over the tokens that the direction reads: (B, L, H), at least float32, in linear time."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(dtype)
+    if padding_mask is not None:
+        k = k.masked_fill(~padding_mask[:, :, None, None], 0)
+    if direction == "both":
+        total = k.sum(1, keepdim=True)
+    elif direction == "forward":
+        total = k.cumsum(1)
+    else:
+        total = k.flip(1).cumsum(1).flip(1)
+    return (q.to(dtype) * total).sum(-1)
 
 
 class LinearAttention(nn.Module):
@@ -23,15 +70,29 @@ class LinearAttention(nn.Module):
         heads: heads; divides width. Keys and values of a head have width / heads features each.
         feature_map: phi, on queries and keys: a name in ``lba_exp.registry.FEATURE_MAPS``.
         gate: the decay: a name in ``lba_exp.registry.GATES``.
-        gate_init: ``"timescales"`` or ``"random"``, see ``lba_exp.nn.gates``.
+        gate_init: how decays start: ``"timescales"``, ``"random"``, ``"retnet"``, ``"hippo"`` or ``"hippo_lin"``, see
+            ``lba_exp.nn.gates``. The last two also set W_q, W_k and W_v, see ``lba_exp.nn.hippo``.
+        gate_trained: False: the decays stay as they start.
+        dt_min, dt_max: range of the step sizes of the HiPPO initialisations.
         convention: which token's gate decays a step: ``"key"``, ``"query"`` or ``"symmetric"`` (all agree for a fixed gate).
-        scale: ``"after"`` divides each row by the sum of its masked scores; ``"none"`` divides the queries by the root of the
-            features per head instead.
+        complement_keys: multiply keys by 1 - lambda (Gated RFA, arXiv 2103.02143, section 3.2).
+        open_first: the first token's gate is 1 (the class token's in the paper's released vision code).
+        scale: ``"after"`` divides each row by the sum of its masked scores; ``"before"`` by the sum of its scores before the decays act
+            (the same tokens, all weighed 1); ``"none"`` divides the queries by the root of the features per head instead.
+        norm: after attention: ``"none"``, ``"layer"`` or ``"rms"`` over all heads, ``"group"`` for each head by itself.
+        norm_eps: added to that norm's variance.
+        direction: ``"both"``, ``"forward"``, ``"backward"``, or ``"alternating"`` (by ``layer``: even ones forward, odd ones backward).
+        diagonal: ``"once"``, or ``"twice"``, the plain sum of two directions, which counts each token's own score twice.
+        scan: order in which a grid is read: ``"raster"`` (as it comes), ``"snake"`` (every other row backwards), or ``"multi"``: the snake
+            and the snake over columns, each with a gate of its own; numerators and denominators are averaged before the division.
         form: the form to compute in: one of ``forms``, or ``"auto"``.
         chunk_size: tokens per chunk of the chunkwise form.
+        layer: index of the layer, for ``direction="alternating"``.
+        grid: (height, width) of the tokens, stored row by row; needed for, and used by, scans other than raster alone.
+        class_token: a token before those of the grid, which stays first in every scan.
 
     Raises:
-        ValueError: for a size or a name that is not valid.
+        ValueError: for a value that is not valid, or for two that do not fit together.
         lba_exp.errors.ConfigError: for an unknown feature map or gate.
     """
 
@@ -43,32 +104,79 @@ class LinearAttention(nn.Module):
         feature_map: str = "silu_normalised",
         gate: str = "selective",
         gate_init: str = "timescales",
+        gate_trained: bool = True,
+        dt_min: float = DT_MIN,
+        dt_max: float = DT_MAX,
         convention: str = "key",
+        complement_keys: bool = False,
+        open_first: bool = False,
         scale: str = "after",
+        norm: str = "none",
+        norm_eps: float = 1e-5,
+        direction: str = "both",
+        diagonal: str = "once",
+        scan: str = "raster",
         form: str = "parallel",
         chunk_size: int = 64,
+        layer: int = 0,
+        grid: tuple[int, int] | None = None,
+        class_token: bool = False,
     ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         check_heads(width, heads)
         check_positive(chunk_size=chunk_size)
         choice("convention", convention, ops.CONVENTIONS)
         choice("scale", scale, SCALES)
-        self.heads = heads
-        self.head_width = width // heads
-        self.feature_map_name = feature_map
-        self.feature_map = FEATURE_MAPS[feature_map]
-        self.convention = convention
-        self.scaled = scale == "after"
+        choice("diagonal", diagonal, ("once", "twice"))
+        choice("scan", scan, tuple(SCANS))
+        if not 0 < dt_min < float("inf"):
+            raise ValueError(f"dt_min: expected a number above 0, got {dt_min}")
+        if conflict := linear_conflict(settings):
+            raise ValueError(conflict)
+        self.heads, self.head_width = heads, width // heads
+        self.feature_map_name, self.feature_map = feature_map, FEATURE_MAPS[feature_map]
+        self.gate_name, self.convention, self.complement_keys, self.open_first = gate, convention, complement_keys, open_first
+        self.scale = scale
+        self.direction = direction_of_layer(direction, layer)
+        self.diagonal_weight = 2.0 if diagonal == "twice" else 1.0
+        self.scan, self.grid, self.class_token = scan, None if grid is None else tuple(grid), class_token
         self.chunk_size = chunk_size
-        self.form = form
         self.qkv = nn.Linear(width, 3 * width)
-        self.gate = GATES[gate](width, heads, gate_init)
+        start = {}
+        if gate_init in HIPPO:
+            rates = hippo.rates(gate_init, heads, self.head_width)
+            steps = hippo.draw_steps(heads, self.head_width, dt_min, dt_max)
+            hippo.initialise_projections(self.qkv, hippo.zero_order_hold(rates, steps))
+            start = {"log_decay": steps * rates}
+        self.gate = GATES[gate](width, heads, gate_init, **start)
+        self.gate2 = GATES[gate](width, heads, gate_init, **start) if scan == "multi" else None
+        if not gate_trained:  # a plugin's gate may be frozen by itself
+            for gates in self._gates:
+                gates.requires_grad_(False)
+        self.norm = make_norm(norm, width, heads, norm_eps)
         self.output = nn.Linear(width, width)
+        self.form = form
+        if scan != "raster":
+            self._set_orders()
+
+    @property
+    def _gates(self) -> list[nn.Module]:
+        return [self.gate] if self.gate2 is None else [self.gate, self.gate2]
+
+    def _set_orders(self) -> None:
+        if self.grid is None:
+            raise ValueError(f"grid: expected (height, width), which scan={self.scan!r} needs, got None")
+        check_positive(**{"grid height": self.grid[0], "grid width": self.grid[1]})
+        orders = torch.stack([scan_order(name, self.grid, self.class_token) for name in SCANS[self.scan]])
+        # a function of the settings: not a part of the weights
+        self.register_buffer("orders", orders, persistent=False)
+        self.register_buffer("places", orders.argsort(dim=1), persistent=False)
 
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms in which the layer computes the same outputs."""
-        return tuple(ops.MODEL_FORMS)
+        return ("parallel",) if self.gate.expanding else tuple(ops.MODEL_FORMS)
 
     @property
     def form(self) -> str:
@@ -76,46 +184,108 @@ class LinearAttention(nn.Module):
 
     @form.setter
     def form(self, form: str) -> None:
-        choice("form", form, (*self.forms, "auto"))
+        choice("form", form, self.forms if self.gate.expanding else (*self.forms, "auto"))
         self._form = form
 
     @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of both directions, and z of both where the output is scaled."""
-        return 2 * self.heads * self.head_width * (self.head_width + self.scaled)
+    def scaled(self) -> bool:
+        """Whether the operator divides."""
+        return self.scale == "after"
 
-    def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict:
-        """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``.
+    @property
+    def state_size(self) -> int:
+        """Numbers that the recurrent form holds per sequence: S of every direction and scan, and z of each where the output is scaled."""
+        scans = len(SCANS[self.scan]) * (2 if self.direction == "both" else 1)
+        return scans * self.heads * self.head_width * (self.head_width + (self.scale != "none"))
+
+    def _values_unchecked(self) -> AbstractContextManager:
+        # under compile the operator checks no values
+        return unchecked_decays() if self.gate.expanding and not torch.compiler.is_compiling() else nullcontext()
+
+    def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict | list[dict]:
+        """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``; for two scans a list of two such.
 
         Args:
             x: (B, L, width).
             padding_mask: (B, L) bool, True at real tokens; or None.
 
         Returns:
-            q, k, v of one dtype (that of autocast, where it is on), the decays in float32 (float64 for a float64 model), and settings.
+            q, k, v of one dtype (that of autocast, where it is on), the decays in float32 (float64 for a float64 model), and settings, in
+            the order of the scan.
+
+        Raises:
+            ValueError: for a length that is not that of the grid, where there is one to read.
         """
+        calls = self._calls(x, padding_mask)
+        return calls[0] if len(calls) == 1 else calls
+
+    def _calls(self, x: Tensor, padding_mask: Tensor | None) -> list[dict]:
+        if self.scan != "raster" and x.shape[1] != self.orders.shape[1]:
+            token = " and a class token" if self.class_token else ""
+            expected = f"{self.orders.shape[1]} tokens, a grid of {self.grid[0]} x {self.grid[1]}{token}"
+            raise ValueError(f"length: expected {expected}, for scan={self.scan!r}, got {x.shape[1]}")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
         # autocast runs some feature maps in float32
         q, k = self.feature_map(q).to(v.dtype), self.feature_map(k).to(v.dtype)
-        if not self.scaled:
+        if self.scale == "none":
             q = q * self.head_width**-0.5
-        forward_log_decay, backward_log_decay = ops.step_log_decays(self.gate(x), convention=self.convention)
+        log_gates = [gate(x) for gate in self._gates]
+        if self.scan == "raster":
+            return [self._call(q, k, v, log_gates[0], padding_mask)]
+        calls = []
+        for order, log_gate in zip(self.orders, log_gates, strict=True):
+            if log_gate is not None and log_gate.ndim > 2:
+                log_gate = log_gate[:, order]
+            mask = None if padding_mask is None else padding_mask[:, order]
+            calls.append(self._call(q[:, order], k[:, order], v[:, order], log_gate, mask))
+        return calls
+
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None, padding_mask: Tensor | None) -> dict:
+        """One call of the operator, tokens in the order of its scan."""
+        if self.complement_keys:
+            complement = -torch.expm1(log_gate)
+            k = (k * (complement if complement.ndim in (2, 4) else complement[..., None])).to(v.dtype)
+        if self.scale == "before":
+            # Scale acts on rows: to divide the query by the row's sum is to divide the row
+            q = (q / (row_sums(q, k, self.direction, padding_mask) + EPS)[..., None]).to(v.dtype)
+        if self.open_first:
+            log_gate = torch.cat([torch.zeros_like(log_gate[:, :1]), log_gate[:, 1:]], dim=1)
+        with self._values_unchecked():
+            forward_log_decay, backward_log_decay = ops.step_log_decays(log_gate, convention=self.convention)
         return {
             "q": q,
             "k": k,
             "v": v,
-            "forward_log_decay": forward_log_decay,
-            "backward_log_decay": backward_log_decay,
+            "forward_log_decay": None if self.direction == "backward" else forward_log_decay,
+            "backward_log_decay": None if self.direction == "forward" else backward_log_decay,
             "scaled": self.scaled,
+            "diagonal_weight": self.diagonal_weight,
+            "direction": self.direction,
             "padding_mask": padding_mask,
             "chunk_size": self.chunk_size,
         }
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, L, width) -> (B, L, width). What stands at padded positions does not matter to the others, at either end."""
-        y = ops.bidirectional_linear_attention(**self.operands(x, padding_mask), form=self.form)
-        return self.output(y.flatten(2))
+        with self._values_unchecked():
+            y = self._attend(self._calls(x, padding_mask))
+        return self.output(self.norm(y.flatten(2)))
+
+    def _attend(self, calls: list[dict]) -> Tensor:
+        """The operator's calls, put back into the order of the tokens and averaged: (B, L, heads, Dv)."""
+        if len(calls) == 1:
+            y = ops.bidirectional_linear_attention(**calls[0], form=self.form)
+            return y if self.scan == "raster" else y[:, self.places[0]]
+        if not self.scaled:
+            return sum(ops.bidirectional_linear_attention(**c, form=self.form)[:, p] for c, p in zip(calls, self.places, strict=True)) / 2
+        num, den = 0.0, 0.0
+        for call, place in zip(calls, self.places, strict=True):
+            parts = {name: value for name, value in call.items() if name != "scaled"}
+            one, other = ops.bidirectional_linear_attention_parts(**parts, form=self.form)
+            num, den = num + one[:, place] / 2, den + other[:, place] / 2
+        return (num / (den + EPS)[..., None]).to(calls[0]["v"].dtype)
 
     def extra_repr(self) -> str:
-        scale = "after" if self.scaled else "none"
-        return f"heads={self.heads}, feature_map={self.feature_map_name}, convention={self.convention}, scale={scale}, form={self.form}"
+        parts = {"heads": self.heads, "feature_map": self.feature_map_name, "gate": self.gate_name, "convention": self.convention}
+        parts |= {"scale": self.scale, "direction": self.direction, "scan": self.scan, "form": self.form}
+        return ", ".join(f"{name}={value}" for name, value in parts.items())

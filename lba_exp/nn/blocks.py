@@ -1,52 +1,127 @@
-"""Residual blocks around any mixer, and the switch between the forms of a stack of mixers."""
+"""Residual blocks around any mixer, and what a stack of them shares: running, checkpointing, the switch between forms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lba_exp import ops
 from lba_exp.nn.checks import check_positive
+from lba_exp.nn.feedforward import GLU, MLPS, DropPath, gelu_mlp, output_glu
+from lba_exp.nn.norms import BatchNorm, make_norm, normalise, recomputation
 from lba_exp.ops.checks import choice
 
+NORM_POSITIONS = ("pre", "post")
 
-class PreNormBlock(nn.Module):
-    """x + dropout(mixer(norm(x), padding_mask)), then x + dropout(mlp(norm(x))): (B, L, width) -> (B, L, width).
+
+class Block(nn.Module):
+    """Mixer and MLP, each in a residual branch: (B, L, width) -> (B, L, width).
+
+    Pre-norm: ``x + branch(norm(x))``; post-norm, as in the first Transformer and BERT: ``norm(x + branch(x))``.
 
     Args:
         mixer: called as ``mixer(x, padding_mask)``, keeps the shape.
         width: features per token.
-        mlp_ratio: hidden width of the GELU MLP over width; above 0.
-        dropout: on both residual branches; from 0 to below 1.
+        mlp: ``"mlp"`` (GELU), ``"glu"`` (the gated GEGLU), or ``"output_glu"``: one branch only, in which a GLU follows the mixer.
+        mlp_ratio: hidden width of the MLP over width; above 0.
+        dropout: on the residual branches; from 0 to below 1.
+        drop_path: probability of leaving a branch out for a sample; from 0 to below 1.
+        norm: ``"layer"`` or ``"batch"``.
+        norm_position: ``"pre"`` or ``"post"``.
+        norm_eps: added to the norms' variance.
+
+    Raises:
+        ValueError: for a value that is not valid.
     """
 
-    def __init__(self, mixer: nn.Module, width: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0):
+    def __init__(
+        self,
+        mixer: nn.Module,
+        width: int,
+        *,
+        mlp: str = "mlp",
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm: str = "layer",
+        norm_position: str = "pre",
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         check_positive(width=width)
+        choice("mlp", mlp, MLPS)
+        choice("norm_position", norm_position, NORM_POSITIONS)
         if not mlp_ratio > 0:
             raise ValueError(f"mlp_ratio: expected a number above 0, got {mlp_ratio}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number >= 0 and below 1, got {dropout}")
         hidden = max(1, round(width * mlp_ratio))
-        self.mixer_norm = nn.LayerNorm(width)
+        self.pre = norm_position == "pre"
+        self.mixer_norm = make_norm(norm, width, norm_eps)
         self.mixer = mixer
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        if mlp == "output_glu":
+            self.after, self.mlp = output_glu(width, dropout), None
+        else:
+            self.after = nn.Identity()
+            self.mlp_norm = make_norm(norm, width, norm_eps)
+            self.mlp = gelu_mlp(width, hidden) if mlp == "mlp" else GLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), padding_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self._residual(x, self.mixer_norm, lambda h: self.after(self.mixer(h, padding_mask)), padding_mask)
+        return x if self.mlp is None else self._residual(x, self.mlp_norm, self.mlp, padding_mask)
+
+    def _residual(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], padding_mask: Tensor | None) -> Tensor:
+        if self.pre:
+            return x + self.drop_path(self.dropout(branch(normalise(norm, x, padding_mask))))
+        # autocast's branches are in half precision, the stream is not
+        return normalise(norm, x + self.drop_path(self.dropout(branch(x))), padding_mask).to(x.dtype)
+
+
+def make_blocks(make_mixer: Callable[[int], nn.Module], width: int, depth: int, *, drop_path: float = 0.0, **options) -> nn.ModuleList:
+    """``depth`` blocks with ``make_mixer(layer)`` each; ``drop_path`` rises linearly from 0 in the first to its value in the last.
+
+    ``options`` are those of ``Block``.
+    """
+    check_positive(width=width, depth=depth)
+    rates = [drop_path * layer / max(1, depth - 1) for layer in range(depth)]
+    return nn.ModuleList(Block(make_mixer(layer), width, drop_path=rate, **options) for layer, rate in enumerate(rates))
 
 
 class MixerStack(nn.Module):
-    """Base of models that hold mixers: one form for all that have forms, and the state size of all together.
+    """Base of models that hold mixers: runs their blocks, has one form for all that have forms, and the state size of all together.
 
     A subclass sets ``self.blocks``, modules with a ``mixer`` each. A mixer has ``forms`` (empty where it has but one way of computing),
     ``form`` where that is not empty, and ``state_size`` (None where a recurrent form would have no fixed one).
+
+    Attributes:
+        gradient_checkpointing: keep only each block's input in training and compute the block again in the backward pass: the same
+            gradients for less memory and about a third more time.
     """
 
     blocks: Sequence[nn.Module]
+    gradient_checkpointing: bool = False
+
+    def run_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """(B, L, width) -> (B, L, width) through all blocks."""
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                options = {}
+                if any(isinstance(module, BatchNorm) for module in block.modules()):
+                    options["context_fn"] = lambda: (nullcontext(), recomputation())
+                x = checkpoint(block, x, padding_mask, use_reentrant=False, **options)
+            else:
+                x = block(x, padding_mask)
+        return x
+
+    def count_tokens(self, inputs: Tensor) -> int:
+        """Tokens in a batch of inputs without padding: what a rate of tokens per second counts."""
+        return inputs.shape[0] * inputs.shape[1]
 
     @property
     def mixers(self) -> list[nn.Module]:
@@ -64,18 +139,18 @@ class MixerStack(nn.Module):
         forms = {mixer.form for mixer in self.mixers if mixer.forms}
         return forms.pop() if len(forms) == 1 else None
 
-    def set_form(self, form: str) -> str | None:
-        """Switches every linear layer to ``form``, one of ``forms`` or ``"auto"``; the weights stay.
+    def set_form(self, form: str | None) -> str | None:
+        """Switches every linear layer to ``form``, one of ``forms`` or ``"auto"``; the weights stay, and so do softmax layers.
 
         Returns:
-            The form before.
+            The form before; None where the linear layers differed, or where there are none. ``set_form(None)`` changes nothing.
 
         Raises:
-            ValueError: for an unknown form, and on a model without linear layers. Nothing is changed then.
+            ValueError: for an unknown form. Nothing is changed then.
         """
-        if not self.forms:
-            raise ValueError(f"form: got {form!r}, but this model has no linear attention layer, so it has no forms")
-        choice("form", form, (*self.forms, "auto"))
+        if form is None:
+            return self.form
+        choice("form", form, (*(self.forms or ops.MODEL_FORMS), "auto"))
         previous = self.form
         for mixer in self.mixers:
             if mixer.forms:

@@ -1,4 +1,4 @@
-"""How inputs become tokens, and what is added to, or put before, them: learned positions and a class token.
+"""How inputs become tokens, and what is added to, or put before, them: learned positions, token types and a class token.
 
 All start on one scale, a deviation of 0.02: a token's value and its position then count alike in the first norm. (With the default of
 ``nn.Linear`` the embedding of a number, its bias above all, is some 30 times as large as that of its position.)
@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lba_exp.nn.checks import check_positive
 
@@ -68,3 +69,25 @@ class ClassToken(nn.Module):
         if padding_mask is not None:
             padding_mask = torch.cat([padding_mask.new_ones(len(x), 1), padding_mask], dim=1)
         return torch.cat([token, x], dim=1), padding_mask
+
+
+class TokenTypes(nn.Module):
+    """Adds a learned vector for the type of each token (BERT: which of two texts it is in, arXiv 1810.04805)."""
+
+    weight_decay_exempt = True
+
+    def __init__(self, types: int, width: int):
+        super().__init__()
+        check_positive(types=types, width=width)
+        self.weight = nn.Parameter(small_(torch.empty(types, width)))
+
+    def forward(self, x: Tensor, types: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, width), types (B, L) of an integer dtype (None: all 0; any number at padded positions) -> (B, L, width)."""
+        if types is None:
+            return x + self.weight[0]
+        if types.shape != x.shape[:2] or types.is_floating_point() or types.dtype == torch.bool:
+            given = f"{types.dtype} of shape {tuple(types.shape)}"
+            raise ValueError(f"token_types: expected an integer dtype of shape {tuple(x.shape[:2])}, got {given}")
+        if padding_mask is not None:
+            types = types.masked_fill(~padding_mask, 0)
+        return x + F.embedding(types.long(), self.weight)

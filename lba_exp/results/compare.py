@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lba_exp.nn.inputs import further_inputs
 from lba_exp.results.naming import ONLY
 
 IGNORED_LABEL = -100  # positions with this label do not count, as in torch's cross entropy
@@ -82,11 +83,12 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
     """
     if reference.shape != logits.shape:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, the reference {tuple(reference.shape)}: they must be equal.")
-    reference, logits = (x.detach().cpu().double().flatten(0, -2) for x in (reference, logits))
+    reference, logits = (x.detach().flatten(0, -2) for x in (reference, logits))
     if labels is not None:
-        labels = labels.detach().cpu().flatten()
+        labels = labels.detach().flatten()
         kept = labels != IGNORED_LABEL
-        reference, logits, labels = reference[kept], logits[kept], labels[kept]
+        reference, logits, labels = reference[kept], logits[kept], labels[kept].cpu()
+    reference, logits = reference.cpu().double(), logits.cpu().double()
     if not reference.numel():
         return Totals()
     error = logits - reference
@@ -117,13 +119,13 @@ def run_form(model: nn.Module, form: str | None, batch: Mapping[str, Any]) -> Te
 
     Args:
         model: ``model(inputs, padding_mask) -> logits``, with ``set_form(form) -> previous form``.
-        batch: ``inputs``, and ``padding_mask`` where there is one, on the model's device.
+        batch: ``inputs``, ``padding_mask`` and ``token_types`` where there are any, on the model's device.
     """
     if form is None:
-        return model(batch["inputs"], batch.get("padding_mask"))
+        return model(batch["inputs"], **further_inputs(batch))
     previous = model.set_form(form)
     try:
-        return model(batch["inputs"], batch.get("padding_mask"))
+        return model(batch["inputs"], **further_inputs(batch))
     finally:
         model.set_form(previous)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.decay_groups import weight_decay_groups
+from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import batch_weight, restore, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
 
@@ -61,6 +64,7 @@ class Classification(pl.LightningModule):
     ):
         super().__init__()
         self.model = model
+        self._compiled: Callable[..., Tensor] | None = None
         self.optim = dict(optim)
         self.seed = seed
         if hyper_parameters:
@@ -70,9 +74,21 @@ class Classification(pl.LightningModule):
         self.test_loss, self.test_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
         self._trained = False  # whether the training means hold anything; the same on every device
 
+    def compile_model(self) -> None:
+        """Training, validation and test run the model compiled from now on; ``self.model`` itself stays as it is."""
+        self._compiled = torch.compile(self.model.forward)
+
+    def logits(self, batch: dict[str, Tensor], **further: Tensor) -> Tensor:
+        """What the model, compiled where that was asked for, gives for a batch; ``further`` arguments beside those in the batch."""
+        return (self._compiled or self.model)(batch["inputs"], **further_inputs(batch), **further)
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes) of a batch."""
-        return self.model(batch["inputs"], padding_mask=batch.get("padding_mask"))
+        return self.logits(batch)
+
+    def logits_and_labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(n, classes) and (n,): what loss and accuracy are computed from."""
+        return self(batch), batch["labels"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A state of the generator that depends on the position alone makes a resumed run repeat the uninterrupted one.
@@ -80,12 +96,12 @@ class Classification(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self(batch)
-        loss = nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.optim["label_smoothing"])
+        logits, labels = self.logits_and_labels(batch)
+        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.optim["label_smoothing"])
         weight, self._trained = batch_weight(self.trainer, batch_idx), True
         if weight:
             self.train_loss.update(loss.detach(), len(logits))
-            self.train_accuracy.update(logits.detach(), batch["labels"])
+            self.train_accuracy.update(logits.detach(), labels)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss if weight == 1 else loss * weight
 
@@ -107,6 +123,7 @@ class Classification(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAIN_MEANS] = sums(self._train_means())
+        checkpoint[MODEL_CONFIG] = getattr(self.model, "config", None)  # the model can be built without the data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get(TRAIN_MEANS, {})
@@ -125,10 +142,10 @@ class Classification(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        logits = self(batch)
+        logits, labels = self.logits_and_labels(batch)
         loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
-        loss.update(nn.functional.cross_entropy(logits.float(), batch["labels"]), len(logits))
-        accuracy.update(logits, batch["labels"])
+        loss.update(nn.functional.cross_entropy(logits.float(), labels), len(logits))
+        accuracy.update(logits, labels)
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")

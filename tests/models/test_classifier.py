@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lba_exp.models.classifier import SequenceClassifier
+from lba_exp.callbacks.parity_measure import layer_shapes
+from lba_exp.models.classifier import SequenceClassifier, TwoTowers
 from lba_exp.nn.attention import LinearAttention
 from lba_exp.nn.softmax import SoftmaxAttention
 
@@ -147,8 +148,7 @@ def test_forms_form_and_state_size():
     assert model.state_size == 2 * 2 * (2 * 4 * 4 + 2 * 4)  # layers, directions, S and z of 2 heads
     softmax = classifier("softmax")
     assert softmax.forms == () and softmax.form is None and softmax.state_size is None
-    with pytest.raises(ValueError, match="no linear attention layer"):
-        softmax.set_form("recurrent")
+    assert softmax.set_form("recurrent") is None
 
 
 def test_layers_are_made_by_index():
@@ -222,3 +222,69 @@ def test_bad_inputs_are_named(options, inputs):
 def test_a_bad_mask_is_named():
     with pytest.raises(ValueError, match=r"padding_mask: expected torch.bool of shape"):
         classifier()(torch.zeros(2, 4, 2), torch.ones(2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm_position": "post"}, {"mlp": "glu"}, {"mlp": "output_glu", "norm": "batch"}])
+def test_recipes_take_padding_and_agree_in_all_forms(options):
+    model = classifier(**options)
+    x, mask = torch.randn(2, 7, 2, dtype=torch.float64), torch.arange(7) < torch.tensor([[7], [4]])
+    expected = model(x, mask)
+    close(model(torch.cat([x, x.new_full((2, 3, 2), float("nan"))], 1), torch.cat([mask, mask[:, :3] & False], 1)), expected)
+    for form in FORMS:
+        model.set_form(form)
+        close(model(x, mask), expected)
+    model.train()(x, mask).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_mean_all_is_the_mean_with_the_class_token():
+    model = classifier(pooling="mean_all")
+    seen = {}
+    model.norm.register_forward_hook(lambda module, inputs, output: seen.update(tokens=output))
+    logits = model(torch.randn(2, 4, 2, dtype=torch.float64), torch.tensor([[True] * 4, [False] * 4]))
+    close(logits, model.head(torch.stack([seen["tokens"][0].mean(0), seen["tokens"][1, 0]])))
+
+
+@pytest.mark.parametrize("form", ["parallel", pytest.param("chunkwise", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(form):
+    model = classifier(pooling="class_token", norm="batch", drop_path=0.1).float().train()
+    model.set_form(form)
+    x, mask = torch.randn(3, 9, 2), torch.arange(9) < torch.tensor([[9], [5], [1]])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = model(x, mask)
+    expected.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(0)
+    logits = compiled(x, mask)
+    logits.square().sum().backward()
+    torch.testing.assert_close(logits, expected)
+    for one, other in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
+def two_towers(**options):
+    torch.manual_seed(0)
+    options = {"classes": 2, "width": 8, "depth": 2, "length": 12, **options}
+    return TwoTowers(make_mixer=lambda layer: LinearAttention(8, 2, chunk_size=4), **options).double().eval()
+
+
+@pytest.mark.parametrize("options", [{"vocabulary": 7}, {"channels": 2}])
+def test_two_towers_share_an_encoder(options):
+    model = two_towers(**options)
+    shape = (3, 2, 6) if "vocabulary" in options else (3, 2, 6, 2)
+    inputs = torch.randint(7, shape) if "vocabulary" in options else torch.randn(shape, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([[[6], [2]], [[3], [6]], [[1], [1]]])
+    a, b = model.encode(inputs[:, 0], mask[:, 0]), model.encode(inputs[:, 1], mask[:, 1])
+    expected = model.head(torch.cat([a, b, a * b, a - b], dim=-1))
+    for form in FORMS:
+        model.set_form(form)
+        close(model(inputs, mask), expected)
+    assert model.count_tokens(inputs) == 36
+    assert layer_shapes(model, {"inputs": inputs, "padding_mask": mask}) == 2 * [(6, 2 * 2, 4, 4)]
+    with pytest.raises(ValueError, match=r"padding_mask: expected .*\(3, 2, 6\)"):
+        model(inputs, mask[:, 0])
+    with pytest.raises(ValueError, match=r"inputs: expected \(B, 2, L"):
+        model(inputs[:, :1])

@@ -1,4 +1,4 @@
-"""The pre-norm block against its formula, and the switch between forms."""
+"""The block against its formulas, and the switch between forms."""
 
 import pytest
 import torch
@@ -6,14 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lba_exp.nn.attention import LinearAttention
-from lba_exp.nn.blocks import MixerStack, PreNormBlock
+from lba_exp.nn.blocks import Block, MixerStack, make_blocks
+from lba_exp.nn.feedforward import DropPath
+from lba_exp.nn.norms import BatchNorm
 from lba_exp.nn.softmax import SoftmaxAttention
 
 
 class Stack(MixerStack):
     def __init__(self, *mixers):
         super().__init__()
-        self.blocks = nn.ModuleList(PreNormBlock(mixer, 8) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(mixer, 8) for mixer in mixers)
 
 
 class Recording(nn.Module):
@@ -24,7 +26,7 @@ class Recording(nn.Module):
 
 def test_block_equals_its_formula_and_passes_the_mask():
     torch.manual_seed(0)
-    block, x, mask = PreNormBlock(Recording(), 8, mlp_ratio=1.5), torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+    block, x, mask = Block(Recording(), 8, mlp_ratio=1.5), torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
     for norm in (block.mixer_norm, block.mlp_norm):
         nn.init.normal_(norm.weight)
     middle = x + 2 * F.layer_norm(x, (8,), block.mixer_norm.weight)
@@ -37,7 +39,7 @@ def test_block_equals_its_formula_and_passes_the_mask():
 
 def test_dropout_acts_on_both_branches_in_training_alone():
     torch.manual_seed(1)
-    block, x = PreNormBlock(Recording(), 64, dropout=0.5), torch.randn(4, 16, 64)
+    block, x = Block(Recording(), 64, dropout=0.5), torch.randn(4, 16, 64)
     dropped = (block(x) == x).float().mean().item()  # both branches dropped: a quarter
     assert 0.2 < dropped < 0.3
     block.eval()
@@ -57,8 +59,15 @@ def test_a_wrong_form_is_named_and_changes_nothing():
     with pytest.raises(ValueError, match=r"form: got 'recurent', valid are 'parallel', .*; did you mean 'recurrent'"):
         stack.set_form("recurent")
     assert stack.form == "parallel"
-    with pytest.raises(ValueError, match="no linear attention layer"):
-        Stack(SoftmaxAttention(8, 2)).set_form("recurrent")
+    with pytest.raises(ValueError, match=r"form: got 'recurent', valid are"):
+        Stack(SoftmaxAttention(8, 2)).set_form("recurent")
+
+
+def test_switching_forms_does_nothing_to_a_model_without_linear_layers():
+    stack, x = Stack(SoftmaxAttention(8, 2)), torch.randn(2, 3, 8)
+    before = stack.run_blocks(x)
+    assert stack.set_form("recurrent") is None and stack.set_form(None) is None
+    assert torch.equal(stack.run_blocks(x), before)
 
 
 def test_forms_and_state_size_over_layers():
@@ -77,4 +86,81 @@ def test_layers_that_differ_have_no_common_form():
 @pytest.mark.parametrize(("options", "message"), [({"mlp_ratio": 0.0}, "mlp_ratio: .* got 0.0"), ({"dropout": 1.0}, "dropout: .* got 1.0")])
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        PreNormBlock(nn.Identity(), 8, **options)
+        Block(nn.Identity(), 8, **options)
+
+
+def test_post_norm_equals_its_formula():
+    torch.manual_seed(2)
+    block, x = Block(Recording(), 8, norm_position="post", norm_eps=1e-3), torch.randn(2, 3, 8)
+    middle = F.layer_norm(3 * x, (8,), eps=1e-3)
+    torch.testing.assert_close(block(x), F.layer_norm(middle + block.mlp(middle), (8,), eps=1e-3))
+
+
+def test_gated_mlps_equal_their_formulas():
+    torch.manual_seed(3)
+    x = torch.randn(2, 3, 8)
+    block = Block(Recording(), 8, mlp="glu", mlp_ratio=2.0)
+    middle = x + 2 * F.layer_norm(x, (8,))
+    h = F.layer_norm(middle, (8,))
+    weight, bias = block.mlp.up.weight, block.mlp.up.bias
+    gated = F.gelu(F.linear(h, weight[:16], bias[:16])) * F.linear(h, weight[16:], bias[16:])
+    torch.testing.assert_close(block(x), middle + block.mlp.down(gated))
+    block = Block(Recording(), 8, mlp="output_glu")
+    h, (weight, bias) = F.gelu(2 * F.layer_norm(x, (8,))), (block.after[2].weight, block.after[2].bias)
+    expected = x + F.linear(h, weight[:8], bias[:8]) * torch.sigmoid(F.linear(h, weight[8:], bias[8:]))
+    torch.testing.assert_close(block(x), expected)
+    assert not hasattr(block, "mlp_norm")
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(4)
+    drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    y = drop(x)
+    kept = y[:, 0, 0] > 0
+    assert torch.equal(y, kept[:, None, None] * x / 0.75)
+    assert 0.72 < kept.float().mean() < 0.78
+    assert torch.equal(drop.eval()(x), x)
+    rates = [block.drop_path.rate for block in make_blocks(lambda layer: Recording(), 8, 3, drop_path=0.2)]
+    assert rates == [0.0, 0.1, 0.2]
+    with pytest.raises(ValueError, match=r"drop_path: .* got 1.0"):
+        DropPath(1.0)
+
+
+def test_batch_norm_is_torchs_over_the_real_tokens():
+    torch.manual_seed(5)
+    ours, theirs = BatchNorm(4).double(), nn.BatchNorm1d(4).double()
+    mask = torch.rand(3, 6) < 0.6
+    for _ in range(3):
+        x = 3 + 2 * torch.randn(3, 6, 4, dtype=torch.float64)
+        y = ours(torch.where(mask[..., None], x, torch.full_like(x, 1e6)), mask)
+        torch.testing.assert_close(y[mask], theirs(x[mask]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours(x), nn.BatchNorm1d(4).double()(x.flatten(0, 1)).view_as(x))
+        theirs(x.flatten(0, 1))
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+    before = ours.running_mean.clone()
+    assert ours(x, torch.zeros(3, 6, dtype=torch.bool)).isfinite().all() and torch.equal(ours.running_mean, before)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x, mask), theirs(x.flatten(0, 1)).view_as(x))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_checkpointing_changes_neither_gradients_nor_running_statistics(norm):
+    torch.manual_seed(6)
+    stack = Stack(LinearAttention(8, 2), SoftmaxAttention(8, 2))
+    stack.blocks = make_blocks(lambda layer: stack.blocks[layer].mixer, 8, 2, norm=norm, dropout=0.3, drop_path=0.3)
+    x, mask = torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [3], [4]])
+    results, state = [], {name: value.clone() for name, value in stack.state_dict().items()}
+    calls = []
+    stack.blocks[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        stack.load_state_dict(state)
+        stack.zero_grad()
+        stack.gradient_checkpointing = checkpointing
+        torch.manual_seed(7)
+        y = stack.run_blocks(x, mask)
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in stack.parameters()), *(b.clone() for b in stack.buffers())])
+    assert len(calls) == 3  # once, and once more in the backward pass
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

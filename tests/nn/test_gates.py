@@ -5,12 +5,24 @@ import math
 import pytest
 import torch
 
-from lba_exp.nn.gates import LONGEST_MEMORY, SHORTEST_MEMORY, FixedGate, NoGate, SelectiveGate
+from lba_exp.nn import hippo
+from lba_exp.nn.gates import (
+    LONGEST_MEMORY,
+    SHORTEST_MEMORY,
+    FixedGate,
+    FixedVectorGate,
+    NoGate,
+    SelectiveGate,
+    SelectiveVectorGate,
+    SoftplusVectorGate,
+)
 from lba_exp.registry import GATES
 
 
 def test_registry_names_the_gates():
-    assert {name: GATES[name] for name in GATES.names} == {"none": NoGate, "fixed": FixedGate, "selective": SelectiveGate}
+    scalar = {"none": NoGate, "fixed": FixedGate, "selective": SelectiveGate}
+    vector = {"fixed_vector": FixedVectorGate, "selective_vector": SelectiveVectorGate, "softplus_vector": SoftplusVectorGate}
+    assert {name: GATES[name] for name in GATES.names} == scalar | vector
 
 
 def test_shapes_dtypes_and_sign():
@@ -93,5 +105,73 @@ def test_saturated_gates_have_finite_values_and_gradients(kind, sign):
 
 @pytest.mark.parametrize("kind", [NoGate, FixedGate, SelectiveGate])
 def test_unknown_initialisation_names_the_valid_ones(kind):
-    with pytest.raises(ValueError, match="gate_init: got 'hippo', valid are 'timescales', 'random'"):
+    with pytest.raises(ValueError, match="gate_init: got 'hippo', valid are 'timescales', 'random', 'retnet'"):
         kind(8, 4, "hippo")
+
+
+def test_retnets_decays_are_its_fractions():
+    expected = [1 - 2.0 ** (-5 - h) for h in range(6)]
+    assert FixedGate(12, 6, "retnet")(None).exp().tolist() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(SelectiveGate(12, 6, "retnet")(torch.zeros(1, 1, 12))[0, 0].exp(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("init", ["timescales", "random"])
+def test_decays_per_channel_equal_log_sigmoid(init):
+    torch.manual_seed(6)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    fixed, selective = FixedVectorGate(12, 3, init).double(), SelectiveVectorGate(12, 3, init).double()
+    assert fixed(x).shape == (3, 4) and selective(x).shape == (2, 5, 3, 4)
+    torch.testing.assert_close(fixed(x), -torch.log1p(torch.exp(-fixed.logit)))
+    logits = x @ selective.projection.weight.T + selective.projection.bias
+    torch.testing.assert_close(selective(x), -torch.log1p(torch.exp(-logits)).view(2, 5, 3, 4))
+    if init == "timescales":  # over the channels of each head
+        memory = 1 / (1 - fixed(x).exp())
+        assert memory[:, [0, -1]].tolist() == [pytest.approx([SHORTEST_MEMORY, LONGEST_MEMORY], rel=1e-3)] * 3
+        torch.testing.assert_close(selective(torch.zeros(1, 1, 12))[0, 0], fixed(x).float(), check_dtype=False)
+
+
+def test_a_growing_gate_is_the_softplus():
+    torch.manual_seed(7)
+    gate, x = SoftplusVectorGate(8, 2), torch.randn(2, 3, 8)
+    logits = (x @ gate.projection.weight.T + gate.projection.bias).view(2, 3, 2, 4)
+    torch.testing.assert_close(gate(x), torch.log1p(torch.exp(-logits)))
+    assert gate.expanding and not SelectiveVectorGate(8, 2).expanding
+
+
+@pytest.mark.parametrize("init", ["hippo", "hippo_lin"])
+@pytest.mark.parametrize("dt_min", [1e-4, 1e-3])
+def test_hippo_decays_start_at_the_diagonal_and_stay_below_one(init, dt_min):
+    torch.manual_seed(8)
+    heads, width = 16, 8
+    rates, steps = hippo.rates(init, heads, width), hippo.draw_steps(heads, width, dt_min, 0.1)
+    assert rates[0].tolist() == ([-(n + 1.0) for n in range(width)] if init == "hippo" else [-0.5] * width)
+    assert steps.min() >= dt_min and steps.max() <= 0.1
+    assert steps.log().mean().item() == pytest.approx(math.log(dt_min * 0.1) / 2, abs=0.6)  # uniform in the logarithm
+    for kind in (FixedVectorGate, SelectiveVectorGate):
+        gate = kind(heads * width, heads, init, log_decay=steps * rates)
+        start = gate(torch.zeros(1, 1, heads * width)).reshape(heads, width)
+        torch.testing.assert_close(start.double(), steps * rates, rtol=1e-4, atol=0)
+    deviation = gate.projection.weight.std().item()
+    assert deviation == pytest.approx(0.1, rel=0.05)
+    assert (gate(1e3 * torch.randn(4, 9, heads * width)) <= 0).all()
+
+
+def test_hippo_needs_its_diagonal():
+    with pytest.raises(ValueError, match=r"log_decay: expected shape \(2, 4\) for gate_init='hippo', got None"):
+        FixedVectorGate(8, 2, "hippo")
+
+
+def test_hippo_sets_the_projections():
+    """W_q, W_k ~ N(0, 0.1^2); the rows of W_v follow A^-1 (exp(Delta A) - 1), which is what a held input adds to a state."""
+    torch.manual_seed(9)
+    qkv, rate, step = torch.nn.Linear(256, 768), torch.tensor([[-3.0, -0.5]]), torch.tensor([[0.1, 0.02]])
+    hold = hippo.zero_order_hold(rate, step)
+    time = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    held = torch.trapezoid((rate * step)[..., None].double().mul(time).exp(), time) * step  # integral of exp(A s) over a step
+    torch.testing.assert_close(hold.double(), held, rtol=1e-5, atol=0)
+    hippo.initialise_projections(qkv, hold.repeat(1, 128))
+    q, k, v = qkv.weight.chunk(3)
+    assert q.std().item() == pytest.approx(0.1, rel=0.02) and k.std().item() == pytest.approx(0.1, rel=0.02)
+    for row, size in ((0, hold[0, 0]), (1, hold[0, 1])):
+        assert v[row::2].std().item() == pytest.approx(size.item() / 16, rel=0.05)
+    assert (qkv.bias == 0).all()

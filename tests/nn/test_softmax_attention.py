@@ -48,6 +48,30 @@ def test_a_wrong_mask_is_named(mask):
         SoftmaxAttention(8, 2)(torch.randn(2, 4, 8), mask)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward", "alternating"])
+def test_one_direction_sees_the_tokens_on_one_side(direction):
+    torch.manual_seed(2)
+    layer, x = SoftmaxAttention(8, 2, direction=direction, layer=1).double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0]], dtype=torch.bool)
+    plain, masked = layer(x), layer(x, mask)
+    assert masked.isfinite().all()
+    for i in range(6):
+        side = slice(0, i + 1) if direction == "forward" else slice(i, 6)  # layer 1 of alternating reads backward
+        at = i if direction == "forward" else 0
+        torch.testing.assert_close(plain[0, i], definition(layer, x[0, side])[at], rtol=1e-10, atol=1e-10)
+        if mask[1, i]:
+            seen = x[1, side][mask[1, side]]
+            torch.testing.assert_close(masked[1, i], definition(layer, seen)[-1 if direction == "forward" else 0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_feature_map_acts_on_queries_and_keys():
+    torch.manual_seed(3)
+    layer, x = SoftmaxAttention(8, 2, feature_map="sigmoid").double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    q, k, v = ((x[0] @ w.T + b).view(5, 2, 4) for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True))
+    y = [torch.softmax(q[:, h].sigmoid() @ k[:, h].sigmoid().T / 2, -1) @ v[:, h] for h in range(2)]
+    torch.testing.assert_close(layer(x)[0], torch.cat(y, -1) @ layer.output.weight.T + layer.output.bias, rtol=1e-10, atol=1e-10)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match=r"heads: .* got 3"):
         SoftmaxAttention(8, 3)

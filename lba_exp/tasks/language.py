@@ -1,0 +1,26 @@
+"""Language modelling as a LightningModule: masked tokens, or the next one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lba_exp.tasks.classification import Classification
+
+IGNORED_LABEL = -100  # as in torch's cross entropy
+
+
+class LanguageModelling(Classification):
+    """Trains ``model(inputs, padding_mask, selected=positions) -> (n, vocabulary)`` on batches {"inputs", "labels", ...}.
+
+    Labels are (B, L) int64, the token at the positions that are to be predicted and -100 elsewhere; there are always some. Logits are
+    computed at the labelled positions alone. Losses and accuracies are means over those positions of a split. Arguments as of
+    ``Classification``, ``classes`` being the size of the vocabulary.
+    """
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (n, vocabulary) at the labelled positions of a batch."""
+        return self.logits(batch, selected=batch["labels"] != IGNORED_LABEL)
+
+    def logits_and_labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        labels = batch["labels"]
+        return self(batch), labels[labels != IGNORED_LABEL]
