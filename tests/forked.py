@@ -145,6 +145,7 @@ def _sweep(folder: str, arguments: list[str]) -> None:
     with open("screen", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     from lba_exp.commands import train
     from lba_exp.sweeping import local
 

@@ -38,7 +38,7 @@ def name(cfg: DictConfig) -> str:
     told, known = ([row] if row else []), set(cfg.origin.get("row_overrides") or ())
     for override in cfg.origin.overrides:
         key = override.partition("=")[0].lstrip("+~")
-        if cfg.data.global_batch_size and (key in DEVICES or override in ("trainer=ddp", "trainer=fsdp")):
+        if cfg.data.get("global_batch_size") and (key in DEVICES or override in ("trainer=ddp", "trainer=fsdp")):
             continue
         if override not in known and not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
             told.append(override.lstrip("+"))
