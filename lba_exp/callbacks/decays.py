@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lba_exp.callbacks.parity_measure import head_of, linear_layers
+from lba_exp.callbacks.parity_measure import head_of, linear_layers, operator_calls
 from lba_exp.results.compare import run_form, undisturbed
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -45,20 +45,22 @@ def decay_quantiles(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         batch: ``inputs`` and, where there is padding, ``padding_mask``.
 
     Returns:
-        ``quantiles`` (the levels), ``sequences``, and ``layers``: in order of the model, dicts with ``layer`` (the module's name) and, for
-        ``forward`` and ``backward``, None where there is no decay, or for each head the list of its quantiles of log f (at most 0).
-        None for a model without linear layers.
+        ``quantiles`` (the levels), ``sequences``, and ``layers``: in the order in which they run, dicts with ``layer`` (the module's name,
+        and the scan where there are several) and, for ``forward`` and ``backward``, None where there is no decay, or for each head the list
+        of its quantiles of log f (at most 0). None for a model without linear layers.
     """
     names = {module: name for name, module in model.named_modules()}
     layers: dict[str, dict[str, Any]] = {}
 
     def hook(layer, args, kwargs):
         mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-        operands, heads = layer.operands(args[0], mask), {}
-        for direction, edge in (("forward", 0), ("backward", -1)):
-            decay = operands[f"{direction}_log_decay"]
-            heads[direction] = None if decay is None else _per_head(decay, mask, edge)
-        layers.setdefault(names[layer], {"layer": names[layer], **heads})
+        calls = operator_calls(layer, args[0], mask)
+        for number, operands in enumerate(calls, 1):
+            name, heads = names[layer] + (f" (scan {number})" if len(calls) > 1 else ""), {}
+            for direction, edge in (("forward", 0), ("backward", -1)):
+                decay = operands[f"{direction}_log_decay"]
+                heads[direction] = None if decay is None else _per_head(decay, operands.get("padding_mask", mask), edge)
+            layers.setdefault(name, {"layer": name, **heads})
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in linear_layers(model)]
     try:
@@ -69,7 +71,7 @@ def decay_quantiles(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
-    return {"quantiles": list(QUANTILES), "sequences": len(batch["inputs"]), "layers": [layers[n] for n in names.values() if n in layers]}
+    return {"quantiles": list(QUANTILES), "sequences": len(batch["inputs"]), "layers": list(layers.values())}
 
 
 def _per_head(decay: Tensor, mask: Tensor | None, edge: int) -> list[list[float]]:

@@ -62,6 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--no-softmax", action="store_true", help="without softmax attention")
     one.add_argument("--memory-budget-gib", help="skip a form that needs more (what the device has free; on the CPU half of all)")
     one.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figure.png")
+    two = benches.add_parser(
+        "presets",
+        help="parameters, state, forms and their errors, time of a training step of the entries of conf/model",
+        description="Entries of conf/model with fresh weights: parameters, state, errors of the forms, time of a training step.",
+        allow_abbrev=False,
+    )
+    two.set_defaults(run=presets)
+    two.add_argument("overrides", nargs="*", help="of the runs' configuration: model.width=192 data.source=...")
+    two.add_argument("--presets", help="comma-separated entries of conf/model (all)")
+    two.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    two.add_argument("--threads", type=int, help="of torch, on the CPU (as torch finds it)")
     return parser
 
 
@@ -82,6 +93,14 @@ def operator(args: argparse.Namespace, command: str) -> int:
             except OSError as error:
                 raise RunFolderError(f"--output {folder} cannot be made ({error.strerror}): give another folder.") from None
         return _run(bench, settings, forms, device, folder, command)
+
+
+def presets(args: argparse.Namespace, command: str) -> int:
+    """``lba-bench presets``: measure and print; returns the exit code."""
+    from lba_exp.bench import presets as bench
+
+    bench.run(args.presets.split(",") if args.presets else None, args.overrides, device=args.device, threads=args.threads)
+    return 0
 
 
 def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, folder: Path | None, command: str) -> int:
