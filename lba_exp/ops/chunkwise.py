@@ -17,6 +17,7 @@ from lba_exp.ops.precision import compute_dtype, first_derivative
 from lba_exp.ops.scan import rounded, scan_states
 
 SLICE_ELEMENTS = 2**18  # elements of the score matrices made at once in eager mode: what stays in a processor's cache
+GPU_SLICE_ELEMENTS = 2**25  # the same on a GPU, which wants few large steps
 
 
 def split(x: Tensor, start: int, stop: int, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -53,7 +54,8 @@ class Chunks:
         self.count = (self.length + self.size - 1) // self.size
         step = self.count
         if not torch.compiler.is_compiling():
-            step = max(1, SLICE_ELEMENTS // (batch * heads * self.size**2))
+            elements = SLICE_ELEMENTS if q.device.type == "cpu" else GPU_SLICE_ELEMENTS
+            step = max(1, elements // (batch * heads * self.size**2))
         self.slices = [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
     def tokens(self, first: int, last: int) -> tuple[int, int]:

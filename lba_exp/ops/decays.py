@@ -6,6 +6,7 @@ channel; a size of 1 in place of ``B`` and ``L`` stands for a decay that is the 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lba_exp.ops.checks import check_log_decay, choice
 
@@ -70,6 +71,22 @@ def to_steps(log_decay: Tensor | None) -> Tensor | None:
     return log_decay[None, None, :, None]
 
 
+def doubling_sums(x: Tensor, dim: int) -> Tensor:
+    """``x.cumsum(dim)``, dim -1 or -2, as log2(n) additions of shifted copies."""
+    count, step = x.shape[dim], 1
+    while step < count:
+        x = x + pad(x.narrow(dim, 0, count - step), (step, 0) if dim == -1 else (0, 0, step, 0))
+        step *= 2
+    return x
+
+
+def cumulative(x: Tensor, dim: int) -> Tensor:
+    """``x.cumsum(dim)``, dim -1 or -2, also under ``torch.use_deterministic_algorithms``, which allows no cumsum on a GPU."""
+    if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return doubling_sums(x, dim)
+    return x.cumsum(dim)
+
+
 def running_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cumulative sums over the last dimension as two parts (high, low) of ``dtype``.
 
@@ -79,10 +96,9 @@ def running_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     x = x.double().clamp_min(LOWEST)
     if dtype == torch.float64:
         coarse = torch.round(x.detach() * GRID) / GRID
-        # coarse sums are exact, fine ones are tiny
-        fine = (x - coarse).cumsum(-1)
-        return fine, coarse.cumsum(-1)
-    total = x.cumsum(-1)
+        # the fine sums are tiny, the coarse ones exact
+        return cumulative(x - coarse, -1), cumulative(coarse, -1)
+    total = cumulative(x, -1)
     high = total.to(dtype)
     return high, (total.detach() - high.detach().double()).to(dtype)
 
@@ -115,7 +131,7 @@ def decay_mask(
         exponent = between(forward, size, like.dtype).tril(-1)
     if "backward" in directions and backward is not None:
         # sum over i <= t < j: the same sums of the sequence shifted by one step
-        shifted = backward if backward.shape[-1] == 1 else torch.nn.functional.pad(backward[..., :-1], (1, 0))
+        shifted = backward if backward.shape[-1] == 1 else pad(backward[..., :-1], (1, 0))
         upper = between(shifted, size, like.dtype).mT.triu(1)
         exponent = upper if exponent is None else exponent + upper
     # the other triangle is cut off before exp, where its differences are positive; so is the diagonal, which no decay reaches
@@ -130,15 +146,21 @@ def decay_mask(
     return mask
 
 
+def from_end(x: Tensor) -> Tensor:
+    """``(..., n, X)``: each token's sum over itself and all after it."""
+    return cumulative(x.flip(-2), -2).flip(-2)
+
+
 def sums_inside(x: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """For steps ``(..., n, X)`` of one direction: log decay from the state before to each token, from each to the state after, in all.
 
-    In the order in which the direction reads: the first includes the token's own step, the second does not.
+    In the order in which the direction reads: the first includes the token's own step, the second does not. Terms of one sign, never
+    subtracted from one another: nothing cancels.
     """
     if reverse:
         x = x.flip(-2)
-    into = x.cumsum(-2)
-    onto = torch.nn.functional.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    into = cumulative(x, -2)
+    onto = pad(from_end(x[..., 1:, :]), (0, 0, 0, 1))
     whole = into[..., -1:, :]
     return (into.flip(-2), onto.flip(-2), whole) if reverse else (into, onto, whole)
 
@@ -147,13 +169,10 @@ def adjoint_sums(row: Tensor | None, column: Tensor | None, reverse: bool) -> Te
     """The adjoint of ``sums_inside`` (``(..., n, X)`` each): a step gets the rows read at or after it and the columns read before it."""
     total = None
     if row is not None:
-        total = row.cumsum(-2) if reverse else row.flip(-2).cumsum(-2).flip(-2)
+        total = cumulative(row, -2) if reverse else from_end(row)
     if column is not None:
-        if reverse:
-            columns = torch.nn.functional.pad(column[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-        else:
-            columns = torch.nn.functional.pad(column[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-        total = columns if total is None else total + columns
+        before = pad(from_end(column[..., 1:, :]), (0, 0, 0, 1)) if reverse else pad(cumulative(column[..., :-1, :], -2), (0, 0, 1, 0))
+        total = before if total is None else total + before
     return total
 
 

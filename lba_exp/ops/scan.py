@@ -8,6 +8,7 @@ from lba_exp.ops.decays import LOWEST, between
 
 GROUP = 32  # chunks joined by one matrix product
 SLICE_ELEMENTS = 2**20  # elements of the states that eager mode works on at once
+GPU_SLICE_ELEMENTS = 2**26  # the same on a GPU
 
 
 def rounded(count: int) -> int:
@@ -45,7 +46,8 @@ def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
     grouped, total = own.unflatten(3, (groups, size)), total.unflatten(3, (groups, size))
     step = groups
     if not torch.compiler.is_compiling():
-        step = max(1, SLICE_ELEMENTS * groups // own.numel())
+        elements = SLICE_ELEMENTS if own.device.type == "cpu" else GPU_SLICE_ELEMENTS
+        step = max(1, elements * groups // own.numel())
     sums, carries = [], []
     for first in range(0, groups, step):
         part, steps = grouped[:, :, :, first : first + step], total[:, :, :, first : first + step]
