@@ -70,7 +70,7 @@ class _Segment:
             target[:, self.tokens(direction)] += part
 
 
-def _segments(directions: tuple[str, ...], q: Tensor, dtype: torch.dtype, size: int = SEGMENT) -> list[_Segment]:
+def _segments(directions: tuple[str, ...], q: Tensor, dtype: torch.dtype, size: int) -> list[_Segment]:
     length = q.shape[1]
     return [_Segment(start, min(start + size, length), directions, q, dtype) for start in range(0, length, size)]
 
@@ -87,37 +87,34 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """num and den (empty without) of the checked arguments; ``direction``: the names of one or both, joined by a comma."""
     directions = tuple(direction.split(","))
-    out, den = _outputs(q, k, v, with_den)
-    segments = _segments(directions, q, out.dtype)
+    num, den = _outputs(q, k, v, with_den)
+    segments = _segments(directions, q, num.dtype, SEGMENT)
     for segment in segments:
         own = slice(segment.start, segment.stop)
-        diagonal = weight * (q[:, own].to(out.dtype) * k[:, own].to(out.dtype)).sum(-1, keepdim=True)
-        values = v[:, own].to(out.dtype)
-        out[:, own] = diagonal * (_with_den(values, 1.0) if with_den else values)
-    state = out.new_zeros(len(directions) * q.shape[0] * q.shape[2], q.shape[3], out.shape[3])
+        diagonal = weight * (q[:, own].to(num.dtype) * k[:, own].to(num.dtype)).sum(-1, keepdim=True)
+        num[:, own] = diagonal * v[:, own].to(num.dtype)
+        if with_den:
+            den[:, own] = diagonal[..., 0]
+    state = num.new_zeros(len(directions) * q.shape[0] * q.shape[2], q.shape[3], v.shape[3] + with_den)
     for segment in segments:
         qs, ks, vs = segment.gather(q), segment.gather(k), segment.gather(v)
         vs = _with_den(vs, 1.0) if with_den else vs
         reads = torch.empty_like(vs)
         advance(state, segment.decay([forward, backward]), ks, vs, qs, reads)
-        segment.add(out, reads)
-    if not with_den:
-        return out, den
-    # the denominator apart: what keeps it for training need not keep the numerator
-    return out[..., :-1], den.copy_(out[..., -1])
+        segment.add(num, reads[..., : v.shape[3]])
+        if with_den:
+            segment.add(den[..., None], reads[..., -1:])
+    return num, den
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, with_den: bool) -> tuple[Tensor, Tensor]:
-    """Room for the numerator, with a last column for the denominator, and for the denominator alone."""
-    dtype = compute_dtype(q, k, v)
-    out = v.new_empty(*v.shape[:3], v.shape[3] + with_den, dtype=dtype)
-    return out, out.new_empty(v.shape[:3] if with_den else 0)
+    num = v.new_empty(v.shape, dtype=compute_dtype(q, k, v))
+    return num, num.new_empty(v.shape[:3] if with_den else 0)
 
 
 @_run.register_fake
 def _(q, k, v, forward, backward, weight, direction, with_den):
-    out, den = _outputs(q, k, v, with_den)
-    return (out[..., :-1] if with_den else out), den
+    return _outputs(q, k, v, with_den)
 
 
 @torch.library.custom_op("lba_exp::recurrent_backward", mutates_args=())
@@ -167,12 +164,13 @@ def _run_backward(
         advance(state.mT, None if decay is None else decay.mT, vs, ks, grads, reads)
         segment.add(dq, reads)
     state.zero_()
+    room = state.new_empty(segments[0].stop if gates else 0, *state.shape)
     for segment in reversed(segments):
         qs, ks, (vs, grads) = segment.gather(q), segment.gather(k), values(segment)
         dks, dvs, decay = torch.empty_like(ks), torch.empty_like(vs), segment.decay(steps)
         border, extra = borders.pop(), ()
         if gates:
-            extra = decayed_states(border, decay, ks, vs), ks.new_empty(decay.change.shape[:3])
+            extra = decayed_states(border, decay, ks, vs, room[: len(ks)]), ks.new_empty(decay.change.shape[:3])
         retreat(state, decay, ks, vs, qs, grads, dks, dvs, *extra)
         segment.add(dk, dks)
         segment.add(dv, dvs[..., : v.shape[-1]])

@@ -48,14 +48,12 @@ def advance(state: Tensor, decay: Decay | None, k: Tensor, v: Tensor, q: Tensor,
         state.addcmul_(k_t, v_t)
 
 
-def decayed_states(state: Tensor, decay: Decay, k: Tensor, v: Tensor) -> Tensor:
-    """The state as each of ``T`` steps reads it, ``(T, N, Dk, Dv)``; arguments as in ``advance``, ``state`` is not changed."""
-    states = state.new_empty(len(k), *state.shape)
-    state = state.clone()
-    for state_t, decay_t, k_t, v_t in zip(states, decay.steps(), k.unsqueeze(-1), v.unsqueeze(-2), strict=True):
+def decayed_states(state: Tensor, decay: Decay, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The state as each of ``T`` steps reads it, in ``out (T, N, Dk, Dv)``; arguments as in ``advance``, ``state`` is overwritten."""
+    for state_t, decay_t, k_t, v_t in zip(out, decay.steps(), k.unsqueeze(-1), v.unsqueeze(-2), strict=True):
         _decay(state, decay_t, out=state_t)
         torch.addcmul(state_t, k_t, v_t, out=state)
-    return states
+    return out
 
 
 def retreat(

@@ -5,6 +5,8 @@ import torch
 
 from lba_exp.ops import CONVENTIONS, bidirectional_linear_attention_parts, step_log_decays
 
+from lba_exp.ops.decays import doubling_sums
+
 from .compare import error
 
 
@@ -70,6 +72,13 @@ def test_blocks_of_a_sequence(convention):
     second = step_log_decays(gate[:, cut:], convention, before=gate[:, cut - 1])
     for i in range(2):
         assert torch.equal(torch.cat([first[i], second[i]], dim=1), whole[i])
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_sums_without_cumsum(dim, length):
+    x = torch.rand(2, length, length, dtype=torch.float64)
+    assert error(doubling_sums(x, dim), x.cumsum(dim)) < 1e-14
 
 
 def test_gradients_reach_the_gates():

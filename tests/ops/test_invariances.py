@@ -114,6 +114,26 @@ def test_deterministic(form):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("form", FORMS)
+def test_deterministic_algorithms_of_a_gpu(form, kind, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    *tensors, mask = Case(kinds=(kind, kind), padded="holes", length=300).tensors()
+    expected = run(form, *tensors, mask)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            inputs = [x.cuda().requires_grad_() for x in tensors]
+            y = run(form, *inputs, mask.cuda())
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert error(results[0][0].cpu(), expected) <= 2e-5
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_are_left_as_they_are_and_may_be_strided(form):
     *tensors, mask = Case(padded="holes", dtype=torch.float64).tensors()
