@@ -149,8 +149,9 @@ class LinearAttention(nn.Module):
             start = {"log_decay": steps * rates}
         self.gate = GATES[gate](width, heads, gate_init, **start)
         self.gate2 = GATES[gate](width, heads, gate_init, **start) if scan == "multi" else None
-        for gates in self._gates:
-            gates.requires_grad_(gate_trained)
+        if not gate_trained:  # and what a plugin's gate has frozen stays frozen
+            for frozen in self._gates:
+                frozen.requires_grad_(False)
         self.norm = make_norm(norm, width, heads)
         self.output = nn.Linear(width, width)
         self.form = form
