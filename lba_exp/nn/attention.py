@@ -151,9 +151,9 @@ class LinearAttention(nn.Module):
             start = {"log_decay": steps * rates}
         self.gate = GATES[gate](width, heads, gate_init, **start)
         self.gate2 = GATES[gate](width, heads, gate_init, **start) if scan == "multi" else None
-        if not gate_trained:  # a plugin's gate may be frozen by itself
-            for gates in self._gates:
-                gates.requires_grad_(False)
+        if not gate_trained:  # and what a plugin's gate has frozen stays frozen
+            for frozen in self._gates:
+                frozen.requires_grad_(False)
         self.norm = make_norm(norm, width, heads, norm_eps)
         self.output = nn.Linear(width, width)
         self.form = form

@@ -59,6 +59,13 @@ def test_patches_that_are_left_out_do_not_matter():
     assert (model(x) - model(x, mask)).norm() > 1e-4
 
 
+@pytest.mark.parametrize("pooling", ["mean", "class_token", "mean_all"])
+def test_leaving_a_row_of_patches_out_is_cutting_it_off(pooling):
+    model, x = vit(lambda layer: LinearAttention(8, 2), positional_embedding=False, pooling=pooling), images()
+    mask = torch.tensor([[True] * 3 + [False] * 3]).expand(3, -1)
+    close(model(x, mask), model(x[:, :, :2]))
+
+
 def test_without_positions_any_multiple_of_the_patch_will_do():
     model = vit(lambda layer: LinearAttention(8, 2), positional_embedding=False)
     assert model(images((8, 2))).shape == (3, 3)
