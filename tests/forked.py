@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -63,8 +64,10 @@ def start(folder: Path, overrides: list[str], kill=None, environment=None, numbe
 
 
 def answer_of(process, receiver) -> tuple[int, object]:
+    # the end of the process too: those that load its data hold the pipe for seconds after a SIGKILL
+    wait([receiver, process.sentinel])
     try:
-        answer = receiver.recv()
+        answer = receiver.recv() if receiver.poll() else None
     except EOFError:
         answer = None
     process.join()
