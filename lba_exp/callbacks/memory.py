@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 LIVE_TENSORS = "live tensors"
 CUDA_ALLOCATOR = "cuda allocator"
+CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class LiveTensors:
@@ -73,7 +74,12 @@ class _Follower(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         self._see((args, kwargs), new=False)
-        result = func(*args, **kwargs)
+        devices = {value.device.type for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        if func.namespace in ("aten", "prim", "prims") or devices != {"cpu"}:
+            result = func(*args, **kwargs)
+        else:  # an operation written in Python: followed inside, where it would run unseen
+            with self:
+                result = func.redispatch(CPU_KERNELS, *args, **kwargs)
         self._see(result, new=True)
         return result
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lba_exp.callbacks.memory import LIVE_TENSORS, LiveTensors
+from lba_exp.ops import bidirectional_linear_attention
 
 N = 1000
 BYTES = 4 * N
@@ -138,6 +139,25 @@ def test_quadratic_attention_shows_its_matrix():
             return (q @ q.transpose(-1, -2)) @ q
 
     assert peak(program) == 4 * (64 * 64 + 64 * 4)
+
+
+@torch.library.custom_op("lba_exp_tests::opaque", mutates_args=())
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x] * 50)[: len(x)].clone()
+
+
+def test_an_operation_written_in_python_is_seen_inside():
+    x = torch.ones(N)
+    assert peak(lambda: opaque(x)) == 51 * BYTES
+
+
+def test_the_recurrent_form_is_seen_inside():
+    """Its output and its gradients are less than the states it keeps for a backward pass."""
+    x = [torch.rand(1, 512, 1, 32, requires_grad=True) for _ in range(3)]
+    gate = (-torch.rand(1, 512, 1)).requires_grad_()
+    borders = 512 // 23 * 2 * 32 * 33 * 4  # a state every isqrt(511) + 1 tokens, in both directions
+    gradients = 3 * 512 * 32 * 4
+    assert peak(lambda: bidirectional_linear_attention(*x, gate, gate, form="recurrent").sum().backward()) > borders + gradients
 
 
 @pytest.mark.gpu
