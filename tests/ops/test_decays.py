@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lba_exp.ops import CONVENTIONS, bidirectional_linear_attention_parts, step_log_decays
-
 from lba_exp.ops.decays import doubling_sums
 
 from .compare import error
