@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ import torch
 LONGEST_TURN = 1000  # calls of one form in a row
 
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Problem(NamedTuple):
@@ -63,15 +64,15 @@ def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[flo
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, Problem]]:
+    calls: Mapping[Key, Callable[[], Any]], repeats: int, seconds: float, device: torch.device
+) -> tuple[dict[Key, list[float]], dict[Key, Problem]]:
     """Milliseconds of every call, by contender, and the contenders that broke.
 
     After a call each to warm up, which tells how long a call takes, the contenders take ``repeats`` turns, in alternating order, so that
     whatever else the machine does hits all alike. A turn is as many calls as fit into ``seconds / repeats``, at least one.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    problems: dict[str, Problem] = {}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
+    problems: dict[Key, Problem | None] = {}
     turns = {}
     for name, call in calls.items():
         warm, problems[name] = attempt(lambda call=call: timed(call, 1, device)[0])

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,18 +93,17 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cases(settings: Settings) -> list[Case]:
-    """The grid, the lengths innermost."""
+def grid(settings: Settings) -> list[list[Case]]:
+    """The cases that are timed together: one decay and dtype at every length."""
     return [
-        Case(decay, dtype, settings.batch_at(length), length, settings)
+        [Case(decay, dtype, settings.batch_at(length), length, settings) for length in settings.lengths]
         for dtype in settings.dtypes
         for decay in settings.decays
-        for length in settings.lengths
     ]
 
 
 def measure(settings: Settings, forms: tuple[str, ...], device: torch.device, tell: Callable[[str, int], None]) -> Iterator[list[Cell]]:
-    """The cells of one case and pass after the other.
+    """The cells of one decay, dtype and pass after the other, at every length.
 
     Args:
         settings: the grid.
@@ -113,14 +113,11 @@ def measure(settings: Settings, forms: tuple[str, ...], device: torch.device, te
     """
     contenders = (*forms, SOFTMAX) if settings.softmax else forms
     budget = memory_budget(settings, device)
-    for case in cases(settings):
+    for cases in grid(settings):
         release(device)
-        prepared, problem = attempt(lambda case=case: _prepare(case, contenders, device))
+        prepared = {case: attempt(lambda case=case: _prepare(case, contenders, device)) for case in cases}
         for part in settings.passes:
-            if problem is not None:
-                cells = [_head(case, part, name) | _empty(problem) for name in contenders]
-            else:
-                cells = _measure_pass(case, part, contenders, *prepared, budget, device, tell)
+            cells = _measure_pass(part, contenders, prepared, budget, device, tell)
             yield cells
             tell("", len(cells))
         del prepared
@@ -148,42 +145,46 @@ def _prepare(case: Case, contenders: tuple[str, ...], device: torch.device) -> t
     return inputs, rows, expected
 
 
-def _measure_pass(case, part, contenders, inputs, rows, expected, budget, device, tell) -> list[Cell]:
-    """Each contender's memory and error in a run of its own, then the time of all, in turns."""
-    cells, calls = {}, {}
-    where = f"{case.decay}, {case.dtype}, {part}, {case.length:,} tokens"
-    for name in contenders:
-        tell(f"{where}: {name}, memory and error", 0)
-        cells[name] = _head(case, part, name)
-        needed = needed_bytes(name, case, part == "both", device)
-        if needed > budget:
-            cells[name] |= _empty(Problem("skipped", f"needs about {needed / 2**30:.3g} GiB"))
-            continue
-        figures, problem = attempt(lambda name=name: _memory_and_error(name, case, part, inputs, rows, expected[name], device))
-        if problem is None:
-            cells[name] |= figures
-            calls[name] = call(name, case, inputs, part == "both")
-        else:
-            cells[name] |= _empty(problem)
-            release(device)
-    tell(f"{where}: time", 0)
+def _measure_pass(part, contenders, prepared, budget, device, tell) -> list[Cell]:
+    """Each contender's memory and error at each length in a run of its own, then the times, all contenders and lengths in turns."""
+    cells: dict[tuple[Case, str], Cell] = {}
+    calls: dict[tuple[Case, str], Callable[[], torch.Tensor]] = {}
+    for case, (ready, problem) in prepared.items():
+        where = f"{case.decay}, {case.dtype}, {part}, {case.length:,} tokens"
+        for name in contenders:
+            tell(f"{where}: {name}, memory and error", 0)
+            cell = cells[case, name] = _head(case, part, name)
+            needed = needed_bytes(name, case, part == "both", device)
+            if problem is None and needed > budget:
+                cell |= _empty(Problem("skipped", f"needs about {needed / 2**30:.3g} GiB"))
+                continue
+            failure = problem
+            if failure is None:
+                figures, failure = attempt(partial(_memory_and_error, name, case, part, *ready, device))
+            if failure is None:
+                cell |= figures
+                calls[case, name] = call(name, case, ready[0], part == "both")
+            else:
+                cell |= _empty(failure)
+                release(device)
+    tell(f"{case.decay}, {case.dtype}, {part}: time", 0)
     times, problems = take_turns(calls, case.settings.repeats, case.settings.seconds, device)
-    for name in calls:
-        cells[name] |= _empty(problems[name]) if name in problems else summary(times[name]) | {"status": "measured"}
-    base = cells.get(SOFTMAX, {}).get("median_ms")
-    for cell in cells.values():
+    for key in calls:
+        cells[key] |= _empty(problems[key]) if key in problems else summary(times[key]) | {"status": "measured"}
+    for (case, _), cell in cells.items():
+        base = cells.get((case, SOFTMAX), {}).get("median_ms")
         measured = base is not None and cell["median_ms"] is not None
         cell["softmax_over_form"] = base / cell["median_ms"] if measured else None
     return list(cells.values())
 
 
-def _memory_and_error(name, case, part, inputs, rows, right, device) -> Cell:
+def _memory_and_error(name, case, part, inputs, rows, expected, device) -> Cell:
     function = call(name, case, inputs, part == "both")
     if device.type == "cuda":
         function()  # libraries take their workspaces, kernels are built
     with LiveTensors(device) as memory:
         y = function()
-    error = exact.relative_error(y.transpose(1, 2) if name == SOFTMAX else y, rows, right)
+    error = exact.relative_error(y.transpose(1, 2) if name == SOFTMAX else y, rows, expected[name])
     return {
         "peak_bytes": memory.bytes,
         "peak_over_io": None if memory.bytes is None else memory.bytes / case.io_bytes,

@@ -104,7 +104,7 @@ def notes(record: Record) -> list[str]:
     load = f"load average {record['environment']['load_average'][0]} before, {record['load_average_after']} after"
     unseen = ", scratch space inside a single kernel not seen" if method == LIVE_TENSORS else ""
     return [
-        f"time: median of at least {record['settings']['repeats']} calls, in turns with the other forms of the same case; "
+        f"time: median of at least {record['settings']['repeats']} calls, in turns with the other forms and lengths; "
         "softmax / form: time of scaled_dot_product_attention (not causal) over the form's, same length, dtype and turns.",
         f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: beside the inputs, output and gradients included ({method}{unseen}); x (q, k, v, y): as a multiple of these four.",

@@ -32,7 +32,7 @@ class Settings:
         softmax: measure softmax attention as well.
         device: "auto" is CUDA where there is one.
         threads: of torch on the CPU; None: as torch finds it.
-        repeats: turns that each form gets within a case.
+        repeats: turns that each form gets at each length.
         seconds: time that the turns of one form take together; a form whose one call takes longer than its turn is called once a turn.
         memory_budget_gib: working memory of a form above which it is skipped; None: the device's free memory (CPU: half of all).
     """

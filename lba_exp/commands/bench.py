@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
     one.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
     one.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
-    one.add_argument("--repeats", default="5", help="turns of each form within a case (%(default)s)")
+    one.add_argument("--repeats", default="5", help="turns of each form at each length (%(default)s)")
     one.add_argument("--seconds", default="1", help="time that the turns of one form take together, at least one call each (%(default)s)")
     one.add_argument("--no-softmax", action="store_true", help="without softmax attention")
     one.add_argument("--memory-budget-gib", help="skip a form that needs more (what the device has free; on the CPU half of all)")
@@ -122,7 +122,7 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
         "cells": [],
     }
     cells = record["cells"]
-    number = len(bench.cases(settings)) * len(settings.passes) * (len(forms) + settings.softmax)
+    number = sum(map(len, bench.grid(settings))) * len(settings.passes) * (len(forms) + settings.softmax)
     try:
         with _progress(number) as tell:
             for found in bench.measure(settings, forms, device, tell):
