@@ -1,23 +1,28 @@
 """The chunkwise form: states carried between chunks in both directions, masked scores inside each: linear work in PyTorch.
 
 For each chunk, U = sum of k v^T over its tokens, decayed to its border; the states that enter the chunks are a linear recurrence over the U
-(``scan.py``); a chunk's output is its own masked scores times v (``inside.py``) plus q, decayed from the border, times the entering states.
+(``scan.py``), run slice by slice in eager mode, so that only the states of one slice exist at a time; a chunk's output is its own masked
+scores times v (``inside.py``) plus q, decayed from the border, times the entering states.
 Training recomputes all of it. A gradient of a step's decay is a sum over the pairs of tokens that the step lies between; it is put together
 from terms of one chunk: pairs inside, pairs with one end inside, and pairs around it (the product of the state and its adjoint).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lba_exp.ops.channels import decayed
-from lba_exp.ops.decays import LOWEST, add_steps, adjoint_sums, empty_gradient, sums_inside
+from lba_exp.ops.decays import LOWEST, add_steps, adjoint_sums, cumulative, empty_gradient, sums_inside
 from lba_exp.ops.inside import inside_gradients, inside_scores, is_vector
 from lba_exp.ops.precision import compute_dtype, first_derivative
-from lba_exp.ops.scan import rounded, scan_states
+from lba_exp.ops.scan import GROUP, rounded, scan_states
 
-SLICE_ELEMENTS = 2**18  # elements of the score matrices made at once in eager mode: what stays in a processor's cache
+SLICE_ELEMENTS = 2**19  # elements of the score matrices made at once in eager mode: what stays in a processor's cache
 GPU_SLICE_ELEMENTS = 2**25  # the same on a GPU, which wants few large steps
+
+STATE, ADJOINT = "state", "adjoint"
 
 
 def split(x: Tensor, start: int, stop: int, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -56,6 +61,8 @@ class Chunks:
         if not torch.compiler.is_compiling():
             elements = SLICE_ELEMENTS if q.device.type == "cpu" else GPU_SLICE_ELEMENTS
             step = max(1, elements // (batch * heads * self.size**2))
+            if step >= GROUP:  # with a place at each end for what comes from other slices: whole groups
+                step = step // GROUP * GROUP - 2
         self.slices = [(first, min(first + step, self.count)) for first in range(0, self.count, step)]
 
     def tokens(self, first: int, last: int) -> tuple[int, int]:
@@ -87,34 +94,59 @@ class _Slice:
         return (None, None, None) if x is None else sums_inside(x, direction == "backward")
 
 
-def _entering(chunks, directions, q, k, v, steps, with_den, grads=None):
-    """What enters each chunk: states ``(B, H, N or more, Dk, Dv)`` per direction and, given the output's gradients, their adjoints."""
-    if chunks.count == 1:
-        return {}, {}
-    states, adjoints, totals = {}, {}, {direction: [] for direction in directions}
-    for first, last in chunks.slices:
-        x = _Slice(chunks, first, last, q, k, v, steps, with_den, grads)
-        for direction in directions:
-            into, onto, total = x.sums(direction)
-            _put(states, direction, decayed(x.k, onto).mT @ x.v, first, last, chunks.count)
-            if grads is not None:
-                _put(adjoints, direction, decayed(x.q, into).mT @ x.grad, first, last, chunks.count)
-            if total is not None and (first == 0 or steps[direction == "backward"].shape[1] == chunks.length):
-                totals[direction].append(total)
-    for direction in directions:
-        total = torch.cat(totals[direction], dim=2) if totals[direction] else None
-        reverse = direction == "backward"
-        scan_states(states[direction], total, reverse)
-        if grads is not None:
-            scan_states(adjoints[direction], total, not reverse)
-    return states, adjoints
+class _Carried:
+    """The states and their adjoints (STATE, ADJOINT) that go from chunk to chunk, slice by slice from the first to the last.
+
+    What is read from left to right is carried along. What is read from right to left is summed up beforehand, one state for the border of
+    each slice. So memory holds the states of one slice, and each is made, used and dropped while a processor's cache has it.
+    """
+
+    def __init__(self, chunks: Chunks, directions: tuple[str, ...], q, k, v, steps, with_den, grads=None):
+        self.slices = len(chunks.slices)
+        self.alone = chunks.count == 1
+        self.left: dict[tuple[str, str], Tensor] = {}
+        self.right: dict[tuple[str, str], list[Tensor | float]] = {}
+        kinds = [("backward", STATE)] if grads is None else [("backward", STATE), ("forward", ADJOINT)]
+        kinds = [kind for kind in kinds if kind[0] in directions]
+        for kind in kinds:
+            self.right[kind] = [0.0] * self.slices
+        for number in range(self.slices - 1, 0, -1) if kinds else ():
+            x = _Slice(chunks, *chunks.slices[number], q, k, v, steps, with_den, grads)
+            for kind in kinds:
+                direction, name = kind
+                into, onto, total = x.sums(direction)
+                factors = (x.k, onto, x.v) if name == STATE else (x.q, into, x.grad)
+                self.right[kind][number - 1] = _leave_to_the_left(*factors, total, self.right[kind][number])
+
+    def enter(self, number: int, direction: str, name: str, own: Callable[[], Tensor], total: Tensor | None) -> Tensor | None:
+        """What enters each chunk of slice ``number``, ``(B, H, n, Dk, Dv)``, from what each adds, ``own()``; None where nothing does."""
+        if self.alone:
+            return None
+        own, reverse, kind = own(), (direction == "backward") == (name == STATE), (direction, name)
+        count = own.shape[2]
+        before, after = (0, 0) if self.slices == 1 else (1, 1)  # places for what comes from other slices and goes to them
+        x = own.new_zeros(*own.shape[:2], rounded(before + count + after), *own.shape[3:])
+        x[:, :, before : before + count] = own
+        if self.slices == 1:
+            return scan_states(x, total, reverse)[:, :, :count]
+        x[:, :, count + 1 if reverse else 0] = self.right[kind][number] if reverse else self.left.get(kind, 0.0)
+        scan_states(x, None if total is None else pad(total.expand(-1, -1, count, -1, -1), (0, 0, 0, 0, 1, 1)), reverse)
+        if not reverse:
+            self.left[kind] = x[:, :, count + 1]
+        return x[:, :, 1 : count + 1]
 
 
-def _put(buffers: dict[str, Tensor], direction: str, part: Tensor, first: int, last: int, count: int) -> None:
-    if first == 0:
-        buffers[direction] = part.new_empty(*part.shape[:2], rounded(count), *part.shape[3:])
-        buffers[direction][:, :, count:] = 0.0
-    buffers[direction][:, :, first:last] = part
+def _leave_to_the_left(x: Tensor, exponent: Tensor | None, y: Tensor, total: Tensor | None, carry: Tensor | float) -> Tensor:
+    """``(B, H, Dk, Dv)``: the sum of x y^T over a slice ``(B, H, n, C, D)`` and ``carry``, each decayed to the slice's first token.
+
+    exponent: the decay from each token to its chunk's first; total: over each whole chunk.
+    """
+    if total is not None:
+        totals = total.expand(-1, -1, x.shape[2], -1, -1)[..., 0, :]
+        sums = pad(cumulative(totals, -2), (0, 0, 1, 0))
+        exponent = exponent + sums[..., :-1, None, :]
+        carry = carry * sums[..., -1:, :].exp().mT
+    return decayed(x, exponent).flatten(2, 3).mT @ y.flatten(2, 3) + carry
 
 
 class _Chunkwise(torch.autograd.Function):
@@ -124,15 +156,18 @@ class _Chunkwise(torch.autograd.Function):
         ctx.options = (weight, directions, with_den, chunk_size)
         steps = [forward, backward]
         chunks = Chunks(q, chunk_size, is_vector(*steps))
-        states, _ = _entering(chunks, directions, q, k, v, steps, with_den)
+        carried = _Carried(chunks, directions, q, k, v, steps, with_den)
         dtype = compute_dtype(q, k, v)
         num = torch.empty_like(v, dtype=dtype)
         den = v.new_empty(v.shape[:3], dtype=dtype) if with_den else None
-        for first, last in chunks.slices:
+        for number, (first, last) in enumerate(chunks.slices):
             x = _Slice(chunks, first, last, q, k, v, steps, with_den)
             out = inside_scores(x.q, x.k, *x.steps, weight, directions) @ x.v
-            for direction in states:
-                out += decayed(x.q, x.sums(direction)[0]) @ states[direction][:, :, first:last]
+            for direction in directions:
+                into, onto, total = x.sums(direction)
+                state = carried.enter(number, direction, STATE, lambda x=x, onto=onto: decayed(x.k, onto).mT @ x.v, total)
+                if state is not None:
+                    out += decayed(x.q, into) @ state
             out = join(out, x.length)
             num[:, x.start : x.stop] = out[..., : v.shape[-1]]
             if with_den:
@@ -146,11 +181,11 @@ class _Chunkwise(torch.autograd.Function):
         weight, directions, with_den, chunk_size = ctx.options
         steps, grads = [forward, backward], (grad_num, grad_den if with_den else None)
         chunks = Chunks(q, chunk_size, is_vector(*steps))
-        states, adjoints = _entering(chunks, directions, q, k, v, steps, with_den, grads)
+        carried = _Carried(chunks, directions, q, k, v, steps, with_den, grads)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         needed = zip(steps, ctx.needs_input_grad[3:5], strict=True)
         dsteps = [empty_gradient(x, chunks.length) if need else None for x, need in needed]
-        for first, last in chunks.slices:
+        for number, (first, last) in enumerate(chunks.slices):
             x = _Slice(chunks, first, last, q, k, v, steps, with_den, grads)
             scores, dq_part, dk_part, inside = inside_gradients(x.grad @ x.v.mT, x.q, x.k, *x.steps, weight, directions)
             dv_part = scores.mT @ x.grad
@@ -158,11 +193,13 @@ class _Chunkwise(torch.autograd.Function):
                 into, onto, total = x.sums(direction)
                 dstep = dsteps[direction == "backward"]
                 dstep_part = None if dstep is None else _fit(inside[direction], dstep)
-                if states:
-                    state, adjoint = (y[direction][:, :, first:last] for y in (states, adjoints))
+                decayed_q, decayed_k = decayed(x.q, into), decayed(x.k, onto)
+                state = carried.enter(number, direction, STATE, lambda x=x, k=decayed_k: k.mT @ x.v, total)
+                adjoint = carried.enter(number, direction, ADJOINT, lambda x=x, q=decayed_q: q.mT @ x.grad, total)
+                if state is not None:
                     dq_state = decayed(x.grad @ state.mT, into)
                     dk_state = decayed(x.v @ adjoint.mT, onto)
-                    dv_part += decayed(x.k, onto) @ adjoint
+                    dv_part += decayed_k @ adjoint
                     dq_part += dq_state
                     dk_part += dk_state
                     if dstep is not None:  # pairs with one end in this chunk, and pairs around it
@@ -194,7 +231,7 @@ def chunkwise(
     with_den: bool,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` in O(L C d + L d^2) work and O(L d + L d^2 / C) memory, also in training.
+    """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` in O(L C d + L d^2) work and O(L d) memory, also in training.
 
     Arguments as in ``parallel``. With a decay per channel the chunk is rounded up to a power of two.
     """
