@@ -220,7 +220,8 @@ def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: in
 
     ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
     plan to the byte. "parallel" counts six L x L matrices per head (scores, decays and their parts); the others the numerator, "chunkwise"
-    the states of both directions at every chunk of 64 (as under ``torch.compile``; eager mode keeps fewer), and what they work on at a time.
+    the states of both directions at every chunk of 64 (as under ``torch.compile``; eager mode keeps
+    fewer), and what they work on at a time.
     """
     checks.choice("form", form, FORMS)
     form = choose_form(length) if form == "auto" else form
