@@ -82,6 +82,12 @@ def _check_fit(cfg: DictConfig) -> None:
             raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
         if data.vocabulary is None or not Path(data.vocabulary).expanduser().is_file():
             raise ConfigError(f"data.vocabulary={data.vocabulary} is no file: give a WordPiece vocabulary, one token a line.")
+    forward = cfg.model.mixer.direction == "forward" or (cfg.model.mixer.direction == "alternating" and cfg.model.depth == 1)
+    if cfg.model.pooling == "class_token" and forward and cfg.model.mixer.kind in ("linear", "softmax"):
+        raise ConfigError(
+            f"model.pooling=class_token reads the first token alone, which model.mixer.direction={cfg.model.mixer.direction} "
+            "keeps from seeing any other: give model.pooling=mean or mean_all."
+        )
     task = "language_modelling" if data.kind == "text_blocks" else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")

@@ -227,7 +227,7 @@ class RunSchema:
     resume: str = setting("auto", "auto: go on where the folder's run stopped; never: start anew; or a checkpoint to go on from")
     init_from: str | None = setting(None, "checkpoint, or model.safetensors of a model folder, to take weights from, and nothing else")
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
-    compile: bool = setting(False, "compile the model with torch.compile for training and validation")
+    compile: bool = setting(False, "compile the model's blocks with torch.compile, for training, validation and test")
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)

@@ -168,6 +168,7 @@ MISTAKES = {
     ("model=lion_s_multiscan", "model.mixer.kind=softmax"): "model.mixer.scan=multi has no meaning in softmax attention",
     ("model.mixer.dt_min=1e-4",): "model.mixer.dt_min and dt_max are the step sizes of gate_init=hippo",
     ("model.mixer.norm=batch",): "model.mixer.norm=batch",
+    ("model.pooling=class_token", "model.mixer.direction=forward"): "model.pooling=class_token reads the first token alone",
     ("model.mixer.diagonal=twice", "model.mixer.direction=backward"): "model.mixer.diagonal=twice is the plain sum",
 }
 

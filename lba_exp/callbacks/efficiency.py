@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +20,9 @@ class Efficiency(pl.Callback):
     """Measures what training costs: tokens per second over all devices, time per optimizer step, peak memory, model FLOPs utilisation,
     seconds and steps to a validation accuracy.
 
-    The clock is that of the first process; it runs from one training batch to the next, data loading included, validation and its parity
-    checks excluded. Sums are kept in the checkpoint, so that an interrupted run reports the cost of all its parts.
+    The clock is that of the first process; it runs from one training batch to the next, data loading included. Left out are validation
+    and its parity checks, the first batch of a process, and batches for which torch.compile made a graph. Sums are kept in the
+    checkpoint, so that an interrupted run reports the cost of all its parts.
 
     Args:
         target_accuracy: the validation accuracy whose first time is noted; None: no such time.
@@ -38,7 +40,7 @@ class Efficiency(pl.Callback):
         self._here: int | Tensor = 0  # tokens of this device that are not in ``tokens`` yet
         self._clock: float | None = None
         self._first = True
-        self._batches = 0  # of this process
+        self._graphs = 0
         self._flops: tuple[int | None, str] | None = None  # of a sequence, forward and backward
         self._shape = (1, 1)  # sequences of a batch, tokens of a sequence
         self._limit: tuple[float | None, str] = (None, "no batch was trained on")
@@ -66,6 +68,9 @@ class Efficiency(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start()
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         model = getattr(pl_module, "model", None)
         if self._flops is not None or model is None:
@@ -79,18 +84,18 @@ class Efficiency(pl.Callback):
         self._limit = peak_flops(name, str(trainer.precision))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._stop()
-        if self._first:  # the first batch of a process pays for start-up
+        if self._first or compiled_graphs() != self._graphs:  # it pays for start-up, or for compiling
+            self._finish()
             self._first = False
             self.train_seconds -= self._last
         else:
+            self._stop()
             self._here = self._here + count_tokens(pl_module.model, batch)
             self.steps += 1 / trainer.accumulate_grad_batches
-            self._batches += 1
         self._start()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._clock = None
+        self._finish()
         if not trainer.sanity_checking:
             self._see_peak()  # what validation and its parity checks need is not what training needs
             self._gather()
@@ -122,16 +127,21 @@ class Efficiency(pl.Callback):
         self.peak = peak if self.peak is None or peak is None else max(self.peak, peak)
 
     def _start(self) -> None:
+        self._graphs = compiled_graphs()
         self._clock = time.perf_counter()
 
     def _stop(self) -> None:
         self._last = 0.0
         if self._clock is not None:
-            if self._trainer.strategy.root_device.type == "cuda" and self._batches % 50 == 0:
-                torch.cuda.synchronize()
             self._last = time.perf_counter() - self._clock
             self.train_seconds += self._last
             self._clock = None
+
+    def _finish(self) -> None:
+        """Stops the clock once the device has done what it was given: it works behind the batches that are counted."""
+        if self._clock is not None and self._trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self._stop()
 
     def metrics(self) -> dict[str, float | None]:
         """The figures so far that are numbers, by logger key."""
@@ -169,6 +179,12 @@ class Efficiency(pl.Callback):
             "seconds_to_target": self.seconds_to_target,
             "steps_to_target": self.steps_to_target,
         }
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def reset_peak(device: torch.device) -> None:

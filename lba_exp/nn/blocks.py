@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lba_exp.nn.norms import BatchNorm, make_norm, normalise, recomputation
 from lba_exp.ops.checks import choice
 
 NORM_POSITIONS = ("pre", "post")
+GRAPHS = 64  # that compiled blocks of one model may need: by mode, size of the batch, direction and drop path
 
 
 class Block(nn.Module):
@@ -93,6 +94,11 @@ def make_blocks(make_mixer: Callable[[int], nn.Module], width: int, depth: int, 
     return nn.ModuleList(Block(make_mixer(layer), width, drop_path=rate, **options) for layer, rate in enumerate(rates))
 
 
+def run_block(block: nn.Module, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """What a stack calls for each of its blocks: (B, L, width) -> (B, L, width)."""
+    return block(x, padding_mask)
+
+
 class MixerStack(nn.Module):
     """Base of models that hold mixers: runs their blocks, has one form for all that have forms, and the state size of all together.
 
@@ -106,6 +112,7 @@ class MixerStack(nn.Module):
 
     blocks: Sequence[nn.Module]
     gradient_checkpointing: bool = False
+    run_block: Callable[..., Tensor] = staticmethod(run_block)
 
     def run_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, L, width) -> (B, L, width) through all blocks."""
@@ -114,9 +121,9 @@ class MixerStack(nn.Module):
                 options = {}
                 if any(isinstance(module, BatchNorm) for module in block.modules()):
                     options["context_fn"] = lambda: (nullcontext(), recomputation())
-                x = checkpoint(block, x, padding_mask, use_reentrant=False, **options)
+                x = checkpoint(self.run_block, block, x, padding_mask, use_reentrant=False, **options)
             else:
-                x = block(x, padding_mask)
+                x = self.run_block(block, x, padding_mask)
         return x
 
     def count_tokens(self, inputs: Tensor) -> int:
@@ -162,3 +169,30 @@ class MixerStack(nn.Module):
         """Numbers that the recurrent form holds per sequence, over all layers; None where a layer has no fixed size."""
         sizes = [mixer.state_size for mixer in self.mixers]
         return None if None in sizes else sum(sizes)
+
+
+class CompiledBlocks:
+    """Runs the blocks of a model compiled where that is asked for, and leaves the model as it is otherwise.
+
+    Blocks that are alike share a graph, whatever their number: twelve take no longer to compile than two, and what is around them
+    (embeddings, heads, a choice of positions) breaks no graph.
+
+    Args:
+        model: one with a ``MixerStack`` in it, or that is one.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._stacks = [module for module in model.modules() if isinstance(module, MixerStack)]
+        self._run = torch.compile(run_block)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, the model's forward pass runs its blocks compiled."""
+        for stack in self._stacks:
+            stack.run_block = self._run
+        try:
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                yield
+        finally:
+            for stack in self._stacks:
+                del stack.run_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,13 +46,15 @@ class DropPath(nn.Module):
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"drop_path: expected a number >= 0 and below 1, got {rate}")
-        self.rate = rate
+        self.rate, self.active = rate, rate > 0
+        # as a tensor: compiled blocks with rates of their own share one graph
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
+        if not self.training or not self.active:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept / (1 - self.rate)
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -40,7 +40,9 @@ def name(cfg: DictConfig) -> str:
         key = override.partition("=")[0].lstrip("+~")
         if cfg.data.get("global_batch_size") and (key in DEVICES or override in ("trainer=ddp", "trainer=fsdp")):
             continue
-        if override not in known and not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
+        if key == "model" and variant != cfg.model.name:  # the variant is an experiment's name
+            told.append(cfg.model.name)
+        elif override not in known and not any(key == k or (k == "logger" and key.startswith("logger.")) for k in neutral):
             told.append(override.lstrip("+"))
     return _safe(",".join([variant, *told]))
 

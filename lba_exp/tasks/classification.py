@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lba_exp.models.pretrained import MODEL_CONFIG
+from lba_exp.nn.blocks import CompiledBlocks, MixerStack
 from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import batch_weight, restore, shard_where_wanted, sums
@@ -64,7 +66,8 @@ class Classification(pl.LightningModule):
     ):
         super().__init__()
         self.model = model
-        self._compiled: Callable[..., Tensor] | None = None
+        self._whole: Callable[..., Tensor] | None = None
+        self._blocks: Callable[[], AbstractContextManager] = nullcontext
         self.optim = dict(optim)
         self.seed = seed
         if hyper_parameters:
@@ -75,12 +78,17 @@ class Classification(pl.LightningModule):
         self._trained = False  # whether the training means hold anything; the same on every device
 
     def compile_model(self) -> None:
-        """Training, validation and test run the model compiled from now on; ``self.model`` itself stays as it is."""
-        self._compiled = torch.compile(self.model.forward)
+        """Training, validation and test run the model's blocks compiled from now on, see ``CompiledBlocks``; a model without blocks is
+        compiled whole. ``self.model`` itself stays as it is."""
+        if any(isinstance(module, MixerStack) for module in self.model.modules()):
+            self._blocks = CompiledBlocks(self.model)
+        else:
+            self._whole = torch.compile(self.model.forward)
 
     def logits(self, batch: dict[str, Tensor], **further: Tensor) -> Tensor:
         """What the model, compiled where that was asked for, gives for a batch; ``further`` arguments beside those in the batch."""
-        return (self._compiled or self.model)(batch["inputs"], **further_inputs(batch), **further)
+        with self._blocks():
+            return (self._whole or self.model)(batch["inputs"], **further_inputs(batch), **further)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes) of a batch."""

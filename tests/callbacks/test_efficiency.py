@@ -1,6 +1,7 @@
 """What training costs: FLOPs against a count by hand, peaks, the time to an accuracy, what a checkpoint keeps."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,25 @@ def test_the_cost_of_a_run_is_on_record(small, capsys):
 def test_a_target_that_is_not_reached_is_said(small, capsys):
     record = lba_exp.train(lba_exp.compose([*small, "parity=off", "trainer.max_epochs=1", "efficiency.target_accuracy=1"]))
     assert record["efficiency"]["steps_to_target"] is None and "not reached" in capsys.readouterr().out
+
+
+def test_what_compiling_takes_is_not_counted(small, monkeypatch):
+    """A function that makes a graph, and takes its time, when it is called first and when it is called for the fourth time."""
+    calls = []
+
+    def compiling(function):
+        def run(*arguments):
+            calls.append(torch.is_grad_enabled())
+            if len(calls) in (1, 4):
+                torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+                time.sleep(2)
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    record = lba_exp.train(lba_exp.compose([*small, "parity=off", "compile=true", "trainer.max_epochs=1"]), quiet=True)
+    steps = 1258 // 256 + 1
+    assert calls[:steps] == [True] * steps
+    cost = record["efficiency"]
+    assert cost["train_seconds"] < 2 and cost["step_ms"] == pytest.approx(1000 * cost["train_seconds"] / (steps - 2))

@@ -1,4 +1,7 @@
-"""The block against its formulas, and the switch between forms."""
+"""The block against its formulas, the switch between forms, compiled blocks."""
+
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lba_exp.nn.attention import LinearAttention
-from lba_exp.nn.blocks import Block, MixerStack, make_blocks
+from lba_exp.nn.blocks import Block, CompiledBlocks, MixerStack, make_blocks, run_block
 from lba_exp.nn.feedforward import DropPath
 from lba_exp.nn.norms import BatchNorm
 from lba_exp.nn.softmax import SoftmaxAttention
@@ -164,3 +167,29 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(norm):
     assert len(calls) == 3  # once, and once more in the backward pass
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_compute_the_same_in_one_graph_for_all_that_are_alike(checkpointing, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(8)
+    stack = Stack()
+    stack.blocks = make_blocks(lambda layer: LinearAttention(8, 2), 8, 4, drop_path=0.3, norm="batch")
+    stack.gradient_checkpointing = checkpointing
+    compiled, x, mask = CompiledBlocks(stack), torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [3], [4]])
+    results, state, graphs = [], {name: value.clone() for name, value in stack.state_dict().items()}, torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for context in (nullcontext, compiled):
+        stack.load_state_dict(state)
+        stack.zero_grad()
+        torch.manual_seed(9)
+        with context():
+            y = stack.run_blocks(x, mask)
+            y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in stack.parameters()), *(b.clone() for b in stack.buffers())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    # of the first block, which is never left out, and of the others; again for what is computed twice
+    assert graphs["unique_graphs"] - before == (4 if checkpointing else 2)
+    assert stack.run_block is run_block
