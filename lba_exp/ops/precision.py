@@ -14,8 +14,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> torch.autocast:
     """The dtypes that the code asks for, whatever a caller's ``torch.autocast`` says."""
-    # a device without autocast, such as meta, takes the CPU's, which it does not look at
-    return torch.autocast(device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False)
+    # a device without autocast, such as meta, takes the CPU's, which it does not look at; torch 2.11 compiles no question about that
+    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 def first_derivative(backward: Callable) -> Callable:
