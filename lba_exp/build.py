@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import sys
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from lba_exp import registry
+from lba_exp import registry, tracking
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from lba_exp.callbacks.decays import Decays
 from lba_exp.callbacks.divergence import Divergence
@@ -28,6 +26,7 @@ from lba_exp.callbacks.parity import Parity
 from lba_exp.callbacks.preemption import Preemption
 from lba_exp.callbacks.recorder import Recorder
 from lba_exp.callbacks.resplitting import Resplitting
+from lba_exp.callbacks.samples import Samples
 from lba_exp.config import DataSchema, ModelSchema
 from lba_exp.data.spec import DataSpec
 from lba_exp.devices import fsdp  # noqa: F401 (makes the strategy known to Lightning by its name)
@@ -124,36 +123,10 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list:
-    """metrics.csv, and the W&B run where one is wanted; the W&B run's id is kept in the folder, so that a resumed run continues it."""
+    """metrics.csv, and the W&B run where one is wanted: one a job, whatever the number of devices."""
     found: list = [MetricsLog(folder)]
     if cfg.logger.wandb != "off" and pl.utilities.rank_zero_only.rank == 0:
-        os.environ.setdefault("WANDB_SILENT", "true")  # before the import: some of its remarks heed nothing else
-        import wandb
-
-        if wandb.run is not None:
-            raise ConfigError("a W&B run is open in this process: finish it first (wandb.finish()), or give logger=csv.")
-        identity = folder / "wandb_id"
-        if not identity.is_file():
-            identity.write_text(uuid.uuid4().hex[:8])
-        try:
-            run = wandb.init(
-                name=f"{naming.name(cfg)}-seed{cfg.seed}",
-                dir=folder,
-                mode=cfg.logger.wandb,
-                id=identity.read_text().strip(),
-                resume="allow",
-                project=cfg.logger.project,
-                entity=cfg.logger.entity,
-                group=naming.group(cfg),
-                job_type="train",
-                tags=list(dict.fromkeys([cfg.model.name, naming.data_name(cfg), *cfg.logger.tags])),
-                config=OmegaConf.to_container(cfg, resolve=True),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(f"logger: W&B does not start ({reason}): run `wandb login`, or give logger=wandb_offline or csv.") from None
-        found.append(WandbLogger(experiment=run))
+        found.append(WandbLogger(experiment=tracking.begin(cfg, folder)))
     return found
 
 
@@ -175,10 +148,11 @@ class Parts:
         self.efficiency = Efficiency(cfg.efficiency.target_accuracy)
         self.preemption = Preemption(requests, folder / "checkpoints" if keeps_checkpoints(cfg) else None)
         self.decays = Decays()
+        self.samples = Samples()
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        found = (self.efficiency, Divergence(), self.parity, self.decays, self.recorder, self.preemption, Resplitting())
+        found = (self.efficiency, Divergence(), self.parity, self.decays, self.samples, self.recorder, self.preemption, Resplitting())
         return [c for c in found if c is not None]
 
 

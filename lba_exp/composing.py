@@ -18,7 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lba_exp import messages
+from lba_exp import messages, trials
 from lba_exp.checks import check, check_reserved
 from lba_exp.config import command_schema, run_schema
 from lba_exp.config_files import check_file
@@ -90,6 +90,8 @@ def check_override(override: Override, further: Sequence[Path] = ()) -> None:
     if key in GROUPS and not override.is_delete():
         known = options(key, further)
         for value in values(override):
+            if key == "sweeps":
+                trials.check_sweep(str(value), (*further, *config_roots()))
             if value in (None, "null") and key in (*GLOBAL_GROUPS, "size"):
                 continue
             if str(value) not in known:
@@ -183,6 +185,7 @@ def finalise(cfg: DictConfig, overrides: Sequence[str], choices: dict, *, in_swe
         row = {k: plain["origin"][k] for k in ("row", "row_overrides")}
         told = [o for o in overrides if not o.lstrip("+").startswith(("hydra.", "hydra/", *ROW_KEYS))]
         plain["origin"] = {k: choices.get(group) for k, group in names.items()} | row | {"overrides": told}
+        trials.adopt(plain, told)
         typed = OmegaConf.merge(OmegaConf.structured(run_schema()), plain)
         missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra."))
     except OmegaConfBaseException as error:

@@ -168,7 +168,8 @@ class OriginSchema:
     """Filled in when a configuration is composed, not by the user."""
 
     experiment: str | None = setting(None, "entry of experiments/ that was selected")
-    sweep: str | None = setting(None, "entry of sweeps/ that the run belongs to")
+    sweep: str | None = setting(None, "entry of sweeps/ that the run belongs to, or wandb- and the id of W&B's own sweep")
+    trial: str | None = setting(None, "id of the trial of W&B's own sweep that the run is")
     debug: str | None = setting(None, "entry of conf/debug/ that was selected")
     row: str | None = setting(None, "name of the sweep's variant (sweep.variants) that the run is")
     row_overrides: list[str] | None = setting(None, "the overrides that this name stands for")

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lba_exp import build, faults
+from lba_exp import build, faults, tracking
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
@@ -269,6 +269,7 @@ def _head(cfg, folder, task, trainer, data) -> dict[str, Any]:
         "experiment": cfg.origin.experiment,
         "sweep": cfg.origin.sweep,
         "row": cfg.origin.row,
+        "trial": cfg.origin.trial,
         "seed": cfg.seed,
         "folder": str(folder),
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -296,23 +297,9 @@ def _end(cfg, folder, record, logs, parts, began, code) -> None:
         if rows.rows:
             run_figure(rows.rows, folder / "run.png", f"{record['name']} on {record['data']}, seed {record['seed']}", cfg.parity.tolerance)
     finally:
-        _finish_wandb(logs, record, folder / "run.png", code)
+        if any(isinstance(log, WandbLogger) for log in logs):
+            tracking.finish(record, parts.samples.found, folder / "run.png", code)
         folders.write_record(folder, record)
-
-
-def _finish_wandb(logs: list, record: dict[str, Any], figure: Path, code: int) -> None:
-    """Closes the W&B run with the exit code, whatever happened: an open one would take the next run's numbers."""
-    wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None or not any(isinstance(log, WandbLogger) for log in logs):
-        return
-    try:
-        for key, value in record.get("metrics", {}).get("test", {}).items():
-            wandb.run.summary[f"test/{key}"] = value
-        wandb.run.summary["record"] = folders.finite({k: v for k, v in record.items() if k != "folder"})
-        if figure.is_file():
-            wandb.run.log({"run": wandb.Image(str(figure))})
-    finally:
-        wandb.finish(exit_code=code)
 
 
 def _raised_by_lightning(error: BaseException) -> bool:

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "messages": BASE,
     "checks": BASE | {"config", "messages", "data", "nn"},
     "config_files": BASE | {"checks", "messages"},
-    "composing": BASE | {"config", "config_files", "messages", "checks"},
+    "trials": BASE,
+    "composing": BASE | {"config", "config_files", "messages", "checks", "trials"},
+    "tracking": BASE | {"callbacks", "results"},
 }
 
 

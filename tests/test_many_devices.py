@@ -10,7 +10,7 @@ from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from lba_exp.results.folder import read_record
 from lba_exp.results.metrics_log import read_rows
-from tests import forked
+from tests import forked, wandb_file
 from tests.conftest import SMALL
 
 # 1,258 training digits in global batches of 258, the last one not full
@@ -50,8 +50,9 @@ def finished(answers):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path, alone):
-    record = finished(forked.run_on_many(tmp_path, [*RUN, "trainer.strategy=ddp"]))
+    record = finished(forked.run_on_many(tmp_path, [*RUN, "trainer.strategy=ddp", "logger=wandb_offline"]))
     same(curve(tmp_path), curve(alone[0]))
+    assert len(wandb_file.runs(tmp_path / "run")) == 1 and wandb_file.read(tmp_path / "run")[2] == 0  # one W&B run, of the first process
     assert record["metrics"]["test"] == pytest.approx(alone[1]["metrics"]["test"], rel=1e-5)
     assert record["batch"] == {"per_device": 129, "devices": 2, "accumulated": 1, "global": 258}
     ours, theirs = record["efficiency"], alone[1]["efficiency"]

@@ -32,6 +32,18 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def _values(items: Any) -> dict[str, Any]:
+    """Items with a key, or a path of keys, and a text of JSON, as one dict."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *path, last = item.nested_key or [item.key]
+        node = found
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = json.loads(item.value_json)
+    return found
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """The summary values of the offline run below a run folder, those with a plain key."""
     found = {}
@@ -41,17 +53,31 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
-    """Configuration (with group, name and tags), history rows and exit code of the offline run below a run folder."""
+def read(folder: Path, number: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
+    """Configuration, history rows and exit code of an offline run below a run folder; ``number``: which, in order of their start."""
     config: dict[str, Any] = {}
     history, code = [], None
-    for record in records(next(folder.glob("wandb/offline-run-*/*.wandb"))):
+    for record in records(sorted(folder.glob("wandb/offline-run-*/*.wandb"))[number]):
         kind = record.WhichOneof("record_type")
-        if kind == "run":
-            config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
-            config |= {"group": record.run.run_group, "display_name": record.run.display_name, "tags": list(record.run.tags)}
+        if kind in ("run", "config"):
+            config |= _values(record.run.config.update if kind == "run" else record.config.update)
         elif kind == "history":
-            history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            history.append(_values(record.history.item))
         elif kind == "exit":
             code = record.exit.exit_code
     return config, history, code
+
+
+def runs(folder: Path) -> list[Any]:
+    """The run record (id, names, tags, git, ...) of each offline run below a run folder, the last word of each, in order of their start."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        found.append([record.run for record in records(path) if record.WhichOneof("record_type") == "run"][-1])
+    return found
+
+
+def table(folder: Path, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a wandb.Table, from its value in a history row."""
+    assert value["_type"] == "table-file"
+    content = json.loads(next(folder.glob(f"wandb/offline-run-*/files/{value['path']}")).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]

@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lba_exp import composing
+from lba_exp import composing, trials
 from lba_exp.commands.common import fail
 from lba_exp.commands.job import hydra_job
 from lba_exp.errors import ConfigError, Terminated, UserError
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ConfigError("--dry-run lists the jobs of a sweep: add -m (--multirun).")
         overrides = _with_config_dir(args.overrides, args.config_dir)
         if args.multirun:
+            trials.check_alone()
             sys.exit(_sweep(arguments, args.overrides, overrides, dry_run))
         cfg = composing.compose(overrides)
         if args.cfg == "job":

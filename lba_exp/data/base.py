@@ -63,6 +63,10 @@ class SplitData(pl.LightningDataModule):
         """Batches for evaluation of "train", "validation" or "test": in order, not augmented, each sample once; raises DataError."""
         return self._loader(self._split(split), self.eval_batch_size, shuffle=False, equal_shards=False)
 
+    def shown(self, inputs: Any) -> list | None:
+        """What a person sees in a batch's inputs: for each a uint8 picture (height, width[, 3]) or its tokens; None: nothing to show."""
+        return None
+
     def _training_samples(self) -> Sequence:
         return self._split("train")
 

@@ -133,6 +133,11 @@ class PixelSequences(SplitData):
             )
         self._normalise = Normalise(state["mean"], state["deviation"], self.layout)
 
+    def shown(self, inputs: torch.Tensor) -> list[np.ndarray]:
+        """The pictures behind a batch's inputs, uint8 (height, width) each."""
+        pixels = inputs.detach().float().cpu() * self._normalise.deviation + self._normalise.mean
+        return list((255 * pixels).round().clamp(0, 255).to(torch.uint8).reshape(-1, *self.spec.grid).numpy())
+
     def _training_samples(self) -> PixelSplit | Augmented:
         samples, augment = self._split("train"), AUGMENTATIONS[self.augment]
         return samples if augment is None else Augmented(samples, augment)

@@ -143,6 +143,10 @@ class TextBlocks(SplitData):
         if state["vocabulary"] != self._vocabulary_hash():
             raise DataError(f"{self.spec.name} is read with another vocabulary than the model was trained with (data.vocabulary).")
 
+    def shown(self, inputs: torch.Tensor) -> list[list[str]]:
+        """The tokens behind a batch's inputs, in words."""
+        return [[self.tokenizer.id_to_token(token) for token in row] for row in inputs.tolist()]
+
     def _training_samples(self) -> FreshlyMasked | CausalBlocks:
         samples = self._split("train")
         return FreshlyMasked(samples) if isinstance(samples, MaskedBlocks) else samples

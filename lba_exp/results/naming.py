@@ -61,10 +61,11 @@ def group_folder(cfg: DictConfig) -> Path:
 
 
 def folder(cfg: DictConfig) -> Path:
-    """The run's folder: ``folder=``, or ``root/group/name/seedN``, absolute."""
+    """The run's folder: ``folder=``, or ``root/group/name/seedN``, with the trial's id behind it in W&B's own sweeps; absolute."""
     if cfg.folder:
         return Path(cfg.folder).expanduser().absolute()
-    return group_folder(cfg) / name(cfg) / f"seed{cfg.seed}"
+    trial = cfg.origin.get("trial")
+    return group_folder(cfg) / name(cfg) / (f"seed{cfg.seed}-{_safe(trial)}" if trial else f"seed{cfg.seed}")
 
 
 def comparable(cfg: DictConfig | dict) -> dict[str, object]:

@@ -31,6 +31,7 @@ def wandb_runs(projects: Sequence[str], api: Any = None) -> list[Run]:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # what paging through runs raises bare
 
     found: list[Run] = []
     server = None
@@ -40,8 +41,8 @@ def wandb_runs(projects: Sequence[str], api: Any = None) -> list[Run]:
             requests.head(server, timeout=5)  # without network wandb's own service keeps asking, and was seen not to end
             api = wandb.Api(timeout=TIMEOUT)
         for project in projects:
-            found += [_run(run) for run in api.runs(project)]
-    except (wandb.errors.Error, requests.RequestException, ValueError) as error:
+            found += [_run(run) for run in api.runs(project, lazy=False)]  # else a request a run
+    except (wandb.errors.Error, WandbApiFailedError, requests.RequestException, ValueError, TimeoutError) as error:
         unreachable = isinstance(error, requests.ConnectionError | requests.Timeout)
         reason = f"{server or 'its server'} cannot be reached" if unreachable else " ".join(str(error).split()).rstrip(".")
         raise UserError(
@@ -54,7 +55,7 @@ def wandb_runs(projects: Sequence[str], api: Any = None) -> list[Run]:
 
 
 def _run(run: Any) -> Run:
-    config = {key: value for key, value in _plain(run.config).items() if not key.startswith("_")}
+    config = _nested({key: value for key, value in _plain(run.config).items() if not key.startswith("_")})
     summary = _plain(run.summary)
     record = summary.get("record")
     told = {"name": run.name, **{key: config[key] for key in ("seed", "task") if key in config}}
@@ -69,6 +70,20 @@ def _run(run: Any) -> Run:
         status = STATES.get(run.state, UNFINISHED)
     error = None if status == "finished" else record.get("error") or f"W&B says: {run.state}"
     return Run(getattr(run, "url", None) or run.name, {**record, "status": status}, config, status, error)
+
+
+def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys, as the parameters of W&B's own sweeps have them, in their groups (``tracking.begin``)."""
+    nested = {key: value for key, value in config.items() if "." not in key}
+    for key, value in config.items():
+        *path, last = key.split(".")
+        node = nested
+        for part in path:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[last] = value if path else node[last]
+    return nested
 
 
 def _plain(value: Any) -> Any:

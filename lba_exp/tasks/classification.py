@@ -146,10 +146,11 @@ class Classification(pl.LightningModule):
         score = float(self.val_accuracy.compute()) - 1e-6 * min(float(self.val_loss.compute()), 1e3)
         self.log("val/selection", score, logger=False, sync_dist=True)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Logits (n, classes) and labels (n,) of the batch, for callbacks."""
+        return self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], split: str) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         logits, labels = self.logits_and_labels(batch)
         loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
         loss.update(nn.functional.cross_entropy(logits.float(), labels), len(logits))
@@ -157,6 +158,7 @@ class Classification(pl.LightningModule):
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
+        return {"logits": logits, "labels": labels}
 
     def configure_optimizers(self) -> dict[str, Any]:
         o = self.optim
