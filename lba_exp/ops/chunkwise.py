@@ -90,7 +90,7 @@ class _Slice:
             self.grad = cut(num) if den is None else torch.cat([cut(num), cut(den[..., None])], dim=-1)
 
     def sums(self, direction):
-        x = self.steps[direction == "backward"]
+        x = self.steps[int(direction == "backward")]
         return (None, None, None) if x is None else sums_inside(x, direction == "backward")
 
 
@@ -191,7 +191,7 @@ class _Chunkwise(torch.autograd.Function):
             dv_part = scores.mT @ x.grad
             for direction in directions:
                 into, onto, total = x.sums(direction)
-                dstep = dsteps[direction == "backward"]
+                dstep = dsteps[int(direction == "backward")]
                 dstep_part = None if dstep is None else _fit(inside[direction], dstep)
                 decayed_q, decayed_k = decayed(x.q, into), decayed(x.k, onto)
                 state = carried.enter(number, direction, STATE, lambda x=x, k=decayed_k: k.mT @ x.v, total)

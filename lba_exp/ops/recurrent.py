@@ -48,7 +48,7 @@ class _Segment:
 
     def decay(self, steps: list[Tensor | None]) -> Decay | None:
         """The decays of all directions; None where none decays."""
-        used = {direction: steps[direction == "backward"] for direction in self.directions}
+        used = {direction: steps[int(direction == "backward")] for direction in self.directions}
         known = [x for x in used.values() if x is not None]
         if not known:
             return None
