@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lba_exp
+from lba_exp.data.loader import EpochOrder
 from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from lba_exp.results.folder import read_record
@@ -81,6 +82,31 @@ def test_a_run_that_diverges_on_two_devices_says_so_once(tmp_path, strategy):
     assert read_record(tmp_path / "run")["status"] == "failed"
 
 
+PLANTED = """
+from lba_exp.registry import TASKS
+from lba_exp.tasks.classification import Classification
+
+@TASKS.register("planted")
+class Planted(Classification):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_rank == 1 and self.global_step == 2 else loss
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_batch_that_diverges_on_one_device_is_named(tmp_path, strategy):
+    """The other device has losses that are no numbers from the next step on."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    many = [*RUN, f"trainer.strategy={strategy}", "plugins=[planted]", "task=planted", "trainer.log_every_n_steps=4"]
+    (_, (kind, said)), (code, _) = forked.run_on_many(tmp_path, many)
+    order = EpochOrder(1258, 129, seed=0, shuffle=True, drop_last=False, rank=1, world_size=2, equal_shards=True)
+    samples = ", ".join(map(str, order.batches(0)[2][:8].tolist()))
+    assert (kind, code) == ("error", 0)
+    assert f"the loss is nan at step 3 (epoch 1, batch 3 on device 2 of 2, training samples {samples}, ...)" in said, said
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_shown_by_every_process(tmp_path):
     many = [*RUN, "trainer.strategy=ddp", "trainer.max_epochs=1", "parity=off"]
@@ -129,6 +155,10 @@ def test_sharded_weights_give_the_losses_of_one_and_a_plain_checkpoint(tmp_path,
     record = finished(forked.run_on_many(tmp_path, [*RUN, "trainer.strategy=fsdp2"]))
     same(curve(tmp_path), curve(alone[0]))
     assert record["parity"]["verdict"] == "pass"
+    ours, theirs = (r["decays"]["layers"] for r in (record, alone[1]))
+    assert [layer["layer"] for layer in ours] == [layer["layer"] for layer in theirs] == ["blocks.0.mixer"]
+    for direction in ("forward", "backward"):
+        torch.testing.assert_close(*(torch.tensor(layers[0][direction]) for layers in (ours, theirs)), rtol=1e-3, atol=1e-4)
     ours, theirs = (torch.load(f / "run/checkpoints/last.ckpt", weights_only=True) for f in (tmp_path, alone[0]))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for key, value in theirs["state_dict"].items():

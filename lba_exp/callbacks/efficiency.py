@@ -37,6 +37,7 @@ class Efficiency(pl.Callback):
         self.method = "not available"
         self._here: int | Tensor = 0  # tokens of this device that are not in ``tokens`` yet
         self._clock: float | None = None
+        self._unseen = False  # whether the device may still be at work on a batch that the clock was stopped for
         self._first = True
         self._batches = 0  # of this process
         self._flops: tuple[int | None, str] | None = None  # of a sequence, forward and backward
@@ -60,6 +61,7 @@ class Efficiency(pl.Callback):
         reset_peak(trainer.strategy.root_device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
         self._see_peak()
         self._gather()
 
@@ -90,7 +92,7 @@ class Efficiency(pl.Callback):
         self._start()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._clock = None
+        self._finish()
         if not trainer.sanity_checking:
             self._see_peak()  # what validation and its parity checks need is not what training needs
             self._gather()
@@ -127,11 +129,20 @@ class Efficiency(pl.Callback):
     def _stop(self) -> None:
         self._last = 0.0
         if self._clock is not None:
-            if self._trainer.strategy.root_device.type == "cuda" and self._batches % 50 == 0:
-                torch.cuda.synchronize()
+            if self._trainer.strategy.root_device.type == "cuda":
+                self._unseen = self._batches % 50 != 0
+                if not self._unseen:
+                    torch.cuda.synchronize()
             self._last = time.perf_counter() - self._clock
             self.train_seconds += self._last
             self._clock = None
+
+    def _finish(self) -> None:
+        """Adds the time of what the device has still to do of the batches so far, and stops the clock."""
+        if self._unseen and self._clock is not None:
+            torch.cuda.synchronize()
+            self.train_seconds += time.perf_counter() - self._clock
+        self._clock, self._unseen = None, False
 
     def metrics(self) -> dict[str, float | None]:
         """The figures so far that are numbers, by logger key."""
