@@ -30,9 +30,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         return
     model.__dict__[_SKELETON] = skeleton(model)
     # always whole inside a forward and a backward pass alone, the root too: its weights are then pieces wherever a checkpoint is written
-    for module in reversed(list(model.modules())):
-        for block in getattr(module, "blocks", ()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    blocks = [block for module in reversed(list(model.modules())) for block in getattr(module, "blocks", ())]
+    for block in dict.fromkeys(blocks):  # a model may show its encoder's blocks as its own
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
