@@ -138,7 +138,8 @@ class Classification(pl.LightningModule):
         return {"loss": self.train_loss, "accuracy": self.train_accuracy}
 
     def configure_model(self) -> None:
-        shard_where_wanted(self)
+        if shard_where_wanted(self, compiled=self._compiled is not None):
+            self._compiled = None  # its blocks are compiled: the gathering of weights around them cannot be
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAIN_MEANS] = sums(self._train_means())

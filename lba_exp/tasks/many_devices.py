@@ -69,11 +69,13 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) 
     torch._foreach_mul_([gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients], factor)
 
 
-def shard_where_wanted(module: pl.LightningModule) -> None:
-    """Shards ``module.model`` under FSDP2; call it in ``configure_model``."""
+def shard_where_wanted(module: pl.LightningModule, *, compiled: bool) -> bool:
+    """Shards ``module.model`` under FSDP2, compiled where ``compiled``; call it in ``configure_model``. Returns whether it did."""
     strategy = module.trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy):
-        shard(module.model, strategy.device_mesh["data_parallel"])
+    sharded = isinstance(strategy, ModelParallelStrategy)
+    if sharded:
+        shard(module.model, strategy.device_mesh["data_parallel"], compiled=compiled)
+    return sharded
 
 
 def sums(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:
