@@ -8,8 +8,11 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # once a process has asked CUDA itself, its forks cannot use a GPU
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -57,8 +60,16 @@ def _run(folder: str, overrides: list[str], kill: tuple[str, int] | None, enviro
         console.send(("error", f"{type(error).__name__}: {error}"))
 
 
+def _serve() -> None:
+    """Starts the server, once, with this process's path: it imports before it is told of it, a relative PYTHONPATH from wherever it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(os.path.isabs, sys.path)]))
+        forkserver.ensure_running()
+
+
 def start(folder: Path, overrides: list[str], kill=None, environment=None, number=signal.SIGKILL):
     """A run begun in ``folder``: its process, and where its answer comes from."""
+    _serve()
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_run, args=(str(folder), overrides, kill, environment or {}, number, sender))
     process.start()
@@ -195,6 +206,7 @@ def _sweep(folder: str, arguments: list[str]) -> None:
 def start_sweep(folder: Path, arguments: list[str]):
     """``lba-train ARGUMENTS`` in ``folder``, in a process of its own that forks its jobs; its screen is the file ``screen`` there."""
     (folder / "screen").unlink(missing_ok=True)
+    _serve()
     process = CONTEXT.Process(target=_sweep, args=(str(folder), arguments))
     process.start()
     return process
