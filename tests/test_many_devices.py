@@ -91,7 +91,9 @@ from lba_exp.tasks.classification import Classification
 class Planted(Classification):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return loss * float("nan") if self.global_rank == 1 and self.global_step == 2 else loss
+        if self.global_rank == 1 and self.global_step == 2:
+            {}
+        return loss
 """
 
 
@@ -99,13 +101,23 @@ class Planted(Classification):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_batch_that_diverges_on_one_device_is_named(tmp_path, strategy):
     """The other device has losses that are no numbers from the next step on."""
-    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "planted.py").write_text(PLANTED.format('loss = loss * float("nan")'))
     many = [*RUN, f"trainer.strategy={strategy}", "plugins=[planted]", "task=planted", "trainer.log_every_n_steps=4"]
     (_, (kind, said)), (code, _) = forked.run_on_many(tmp_path, many)
     order = EpochOrder(1258, 129, seed=0, shuffle=True, drop_last=False, rank=1, world_size=2, equal_shards=True)
     samples = ", ".join(map(str, order.batches(0)[2][:8].tolist()))
     assert (kind, code) == ("error", 0)
     assert f"the loss is nan at step 3 (epoch 1, batch 3 on device 2 of 2, training samples {samples}, ...)" in said, said
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_is_a_sentence_on_each(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED.format("raise MemoryError"))
+    many = [*RUN, "trainer.strategy=ddp", "plugins=[planted]", "task=planted"]
+    first, second = forked.run_on_many(tmp_path, many)
+    assert second == (0, ("error", second[1][1])) and "out of memory on the machine with 129 sequences a device" in second[1][1]
+    assert first == (0, ("error", first[1][1])) and "another process of the run has ended" in first[1][1]
+    assert read_record(tmp_path / "run")["status"] == "failed"
 
 
 @pytest.mark.slow
