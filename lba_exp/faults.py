@@ -1,4 +1,4 @@
-"""What goes wrong outside of the configuration, while a run runs, in one sentence: no memory left, no disk left."""
+"""What goes wrong outside of the configuration, while a run runs, in one sentence: no memory left, no disk left, a process lost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from lba_exp.errors import RunFolderError, TrainingError, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo's words, in errors of no class of their own
 
 
 def explain(error: BaseException, cfg: DictConfig, folder: Path, batch_size: int) -> UserError | None:
@@ -37,4 +38,9 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path, batch_size: int
             lost = "the last checkpoint there is whole, and the same command goes on from it"
             full = "free some space" if cause.errno in FULL else "make it writable"
             return RunFolderError(f"the run folder {folder} cannot be written ({cause.strerror}): {full}; {lost}.")
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)):
+        return TrainingError(
+            "another process of the run has ended, or cannot be reached: what it said is on the screen and in train.log; the same command "
+            "goes on from the last checkpoint."
+        )
     return None

@@ -27,7 +27,7 @@ from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
 from lba_exp.convert.files import read_weights
-from lba_exp.devices.processes import end_the_others, let_the_first_finish
+from lba_exp.devices.processes import end_the_others, let_the_first_finish, started_from_outside
 from lba_exp.devices.sharding import load_weights
 from lba_exp.devices.signals import Requests
 from lba_exp.errors import ConfigError, ParityError, RunFolderError, Terminated, TrainingError, UserError
@@ -58,7 +58,7 @@ def train(cfg: DictConfig, *, quiet: bool = False) -> dict[str, Any]:
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"train takes a configuration from lba_exp.compose, not {type(cfg).__name__}.")
     check(cfg)
-    if cfg.trainer.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+    if cfg.trainer.num_nodes > 1 and not started_from_outside():
         raise ConfigError(
             f"trainer.num_nodes={cfg.trainer.num_nodes}: start the command on every node with torchrun (torchrun "
             f"--nnodes={cfg.trainer.num_nodes} --nproc-per-node=DEVICES ... -m lba_exp.commands.train ...), or with srun under Slurm."
@@ -231,9 +231,11 @@ def _starting_point(cfg: DictConfig, folder: Path, task: torch.nn.Module, consol
     folders.check_same(cfg, folder)
     start, complaints = newest_readable(folder)
     for complaint in complaints:
-        console.print(f"{complaint} Going on from the one before it.", highlight=False)
+        console.print(complaint, highlight=False)
     if start is not None:
-        console.print(f"Going on from {start}.", highlight=False)
+        console.print(f"Going on from {start}{', the one before it' if complaints else ''}.", highlight=False)
+    elif complaints:
+        console.print("There is none before it: the run starts anew.", highlight=False)
     return start
 
 

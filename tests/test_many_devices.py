@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import lba_exp
+from lba_exp.data.loader import EpochOrder
 from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from lba_exp.results.folder import read_record
 from lba_exp.results.metrics_log import read_rows
 from tests import forked, wandb_file
 from tests.conftest import SMALL
+from tests.test_family import VIT
 
 # 1,258 training digits in global batches of 258, the last one not full
 RUN = [
@@ -82,6 +84,43 @@ def test_a_run_that_diverges_on_two_devices_says_so_once(tmp_path, strategy):
     assert read_record(tmp_path / "run")["status"] == "failed"
 
 
+PLANTED = """
+from lba_exp.registry import TASKS
+from lba_exp.tasks.classification import Classification
+
+@TASKS.register("planted")
+class Planted(Classification):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.global_rank == 1 and self.global_step == 2:
+            {}
+        return loss
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_batch_that_diverges_on_one_device_is_named(tmp_path, strategy):
+    """The other device has losses that are no numbers from the next step on."""
+    (tmp_path / "planted.py").write_text(PLANTED.format('loss = loss * float("nan")'))
+    many = [*RUN, f"trainer.strategy={strategy}", "plugins=[planted]", "task=planted", "trainer.log_every_n_steps=4"]
+    (_, (kind, said)), (code, _) = forked.run_on_many(tmp_path, many)
+    order = EpochOrder(1258, 129, seed=0, shuffle=True, drop_last=False, rank=1, world_size=2, equal_shards=True)
+    samples = ", ".join(map(str, order.batches(0)[2][:8].tolist()))
+    assert (kind, code) == ("error", 0)
+    assert f"the loss is nan at step 3 (epoch 1, batch 3 on device 2 of 2, training samples {samples}, ...)" in said, said
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_is_a_sentence_on_each(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED.format("raise MemoryError"))
+    many = [*RUN, "trainer.strategy=ddp", "plugins=[planted]", "task=planted"]
+    first, second = forked.run_on_many(tmp_path, many)
+    assert second == (0, ("error", second[1][1])) and "out of memory on the machine with 129 sequences a device" in second[1][1]
+    assert first == (0, ("error", first[1][1])) and "another process of the run has ended" in first[1][1]
+    assert read_record(tmp_path / "run")["status"] == "failed"
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_shown_by_every_process(tmp_path):
     many = [*RUN, "trainer.strategy=ddp", "trainer.max_epochs=1", "parity=off"]
@@ -139,3 +178,36 @@ def test_sharded_weights_give_the_losses_of_one_and_a_plain_checkpoint(tmp_path,
     assert ours["param_groups"] == theirs["param_groups"]
     for number, state in theirs["state"].items():
         torch.testing.assert_close(ours["state"][number], state, rtol=1e-3, atol=1e-6)
+
+
+def on_one_and_sharded(folder, overrides, *sharded):
+    """The records of a run on one device and, with ``sharded`` overrides beside, cut in two, and both curves."""
+    found = []
+    for name, further, ranks in (("one", ["trainer.strategy=auto"], 1), ("two", ["trainer.strategy=fsdp2", *sharded], 2)):
+        (folder / name).mkdir()
+        record = finished(forked.run_on_many(folder / name, [*RUN, "trainer.max_epochs=1", *overrides, *further], ranks))
+        found.append((record, curve(folder / name)))
+    (one, expected), (two, rows) = found
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lion_d", "lion_d_hippo", "lion_d_multiscan"])
+def test_the_decays_of_sharded_gates_are_on_record(tmp_path, model):
+    """Learned decays a head and a channel; selective ones differ, as the first batch of two devices is another one."""
+    image = [*VIT, "model.width=16"] if model == "lion_d_multiscan" else []
+    records = on_one_and_sharded(tmp_path, [f"model={model}", *image, "parity=off"])
+    ours, theirs = (record["decays"]["layers"] for record in records)
+    assert [layer["layer"] for layer in ours] == [layer["layer"] for layer in theirs] and len(ours) == (4 if image else 1)
+    for one, two in zip(ours, theirs, strict=True):
+        for direction in ("forward", "backward"):
+            torch.testing.assert_close(torch.tensor(two[direction]), torch.tensor(one[direction]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_blocks_are_compiled(tmp_path):
+    one, two = on_one_and_sharded(tmp_path, ["model.depth=2"], "compile=true")
+    assert two["parity"]["verdict"] == "pass" and two["efficiency"]["flops_per_step"] == one["efficiency"]["flops_per_step"]
+    assert len(two["decays"]["layers"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -24,7 +25,7 @@ class Divergence(pl.Callback):
 
     On a GPU, or on several devices, the loss is looked at without waiting for the device: the answer is read every
     ``trainer.log_every_n_steps`` steps, before each validation and before each checkpoint is written. It names the first such batch all the
-    same. All devices stop together.
+    same, whichever device's it was. All devices stop together.
     """
 
     def __init__(self) -> None:
@@ -69,26 +70,35 @@ class Divergence(pl.Callback):
 
     def _look(self, trainer: pl.Trainer) -> None:
         """Read what the device found; forget the batches that were fine."""
-        found = -1 if self._first is None else int(self._first)
-        anywhere = trainer.strategy.reduce_boolean_decision(found >= 0, all=False) if trainer.world_size > 1 else found >= 0
         batches, losses = self._batches, self._losses
+        found, device = -1 if self._first is None else int(self._first), 0
+        ranks = trainer.world_size
+        if ranks > 1:  # the earliest batch, then the lowest device: what came after it diverged for its sake
+            place = (found if found >= 0 else len(batches)) * ranks + trainer.global_rank
+            place = torch.tensor(place, device=trainer.strategy.root_device)
+            found, device = divmod(int(trainer.strategy.reduce(place, reduce_op="min")), ranks)
+            found = found if found < len(batches) else -1
         self._first, self._batches, self._losses = None, [], []
-        if not anywhere:
-            return
         if found < 0:
-            raise TrainingError(f"training diverged on another device, by step {trainer.global_step}. {advice(trainer)}")
+            return
         epoch, number, step = batches[found]
-        samples = _samples(trainer, epoch, number)
-        log = logging.getLogger("lba_exp")
-        log.error("loss %s in epoch %d, batch %d, training samples %s", float(losses[found]), epoch + 1, number + 1, samples)
+        loss = float(losses[found]) if ranks == 1 else trainer.strategy.broadcast(float(losses[found]), src=device)
+        samples = _samples(trainer, epoch, number, device)
+        on = f" on device {device + 1} of {ranks}" if ranks > 1 else ""
+        if trainer.is_global_zero:
+            log = logging.getLogger("lba_exp")
+            log.error("loss %s%s in epoch %d, batch %d, training samples %s", loss, on, epoch + 1, number + 1, samples)
         shown = ", ".join(map(str, samples[:SHOWN])) + (", ..." if len(samples) > SHOWN else "")
-        where = f"epoch {epoch + 1}, batch {number + 1}" + (f", training samples {shown}" if samples else "")
-        raise TrainingError(f"training diverged: the loss is {float(losses[found])} at step {step} ({where}). {advice(trainer)}")
+        where = f"epoch {epoch + 1}, batch {number + 1}{on}" + (f", training samples {shown}" if samples else "")
+        raise TrainingError(f"training diverged: the loss is {loss} at step {step} ({where}). {advice(trainer)}")
 
 
-def _samples(trainer: pl.Trainer, epoch: int, number: int) -> list[int]:
-    order = getattr(trainer.train_dataloader, "order", None)
-    return order.batches(epoch)[number].tolist() if order is not None else []
+def _samples(trainer: pl.Trainer, epoch: int, number: int, device: int) -> list[int]:
+    order = copy.copy(getattr(trainer.train_dataloader, "order", None))
+    if order is None:
+        return []
+    order.rank = device
+    return order.batches(epoch)[number].tolist()
 
 
 def advice(trainer: pl.Trainer) -> str:

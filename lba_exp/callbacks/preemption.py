@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from lba_exp.callbacks.checkpoints import LAST, validation_due
 from lba_exp.devices.signals import Requests
@@ -15,8 +17,9 @@ from lba_exp.errors import Terminated
 class Preemption(pl.Callback):
     """Raises ``Terminated`` after the optimizer step in which a process of the run was asked to end, once that step is saved.
 
-    All processes of a run stop at the same step. Where a validation is due, the run goes on past it: Lightning 2.6 would leave that
-    validation out on resume. In the test nothing is left to be saved.
+    All processes of a run stop at the same step, whichever was asked; on several GPUs that is a step later, so that no step waits for the
+    one before. Where a validation is due, the run goes on past it: Lightning 2.6 would leave that validation out on resume. In the test
+    nothing is left to be saved.
 
     Args:
         requests: what was asked of this process.
@@ -25,6 +28,7 @@ class Preemption(pl.Callback):
 
     def __init__(self, requests: Requests, folder: Path | None):
         self.requests, self.folder = requests, folder
+        self._before: Tensor | None = None  # which signal any process had got at the end of the step before; 0: none
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.requests.listen()
@@ -37,15 +41,26 @@ class Preemption(pl.Callback):
         stepped = loop._accumulated_batches_reached() or loop._num_ready_batches_reached()
         if not stepped or validation_due(trainer, batch_idx):
             return
-        asked = self.requests.received is not None
+        asked = self.requests.received
         if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+            asked = self._anywhere(trainer)
+            self.requests.received = asked or self.requests.received
         if asked:
             self._end(trainer)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
         if self.requests.received is not None:
             raise Terminated(f"the run was stopped by {self.requests.name} in its test: the same command tests it anew.")
+
+    def _anywhere(self, trainer: pl.Trainer) -> int:
+        """The signal that a process of the run has got, the same answer for all of them; 0: none."""
+        device = trainer.strategy.root_device
+        now = torch.tensor(self.requests.received or 0, device=device)
+        torch.distributed.all_reduce(now, op=torch.distributed.ReduceOp.MAX)
+        before, self._before = self._before, now
+        if device.type == "cpu":
+            return int(now)
+        return 0 if before is None else int(before)
 
     def _end(self, trainer: pl.Trainer) -> None:
         stopped = f"the run was stopped by {self.requests.name} after step {trainer.global_step}"

@@ -45,6 +45,7 @@ class Recorder(pl.Callback):
         self._loss = loss if self._loss is None else self._loss + loss
         if last_part and trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
             step_loss = trainer.strategy.reduce(self._loss, reduce_op="mean") if trainer.world_size > 1 else self._loss
+            step_loss = step_loss * getattr(module, "step_correction", lambda: 1.0)()
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             row = {
                 "epoch": trainer.current_epoch,

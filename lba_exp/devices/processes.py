@@ -1,4 +1,4 @@
-"""The processes of one run on one machine."""
+"""The processes of one run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import time
 from contextlib import suppress
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 PATIENCE = 10.0  # seconds for all of them together
+
+
+def started_from_outside() -> bool:
+    """Whether torchrun or Slurm's srun has started this process, and tells it which one of how many it is."""
+    return TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
 
 
 def let_the_first_finish() -> None:

@@ -19,20 +19,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _SKELETON = "_skeleton_before_sharding"  # an attribute, not a submodule: it is in no state dict
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, compiled: bool = False) -> None:
     """Shards every block of a model (the modules in an attribute ``blocks``, at any depth), then the rest; once.
 
     Args:
         model: with plain weights, the same on every device.
         mesh: of one dimension, the devices that share the weights.
+        compiled: compile what a block does between the gathering of its weights and their release.
     """
     if is_sharded(model):
         return
     model.__dict__[_SKELETON] = skeleton(model)
     # always whole inside a forward and a backward pass alone, the root too: its weights are then pieces wherever a checkpoint is written
-    for module in reversed(list(model.modules())):
-        for block in getattr(module, "blocks", ()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    blocks = [block for module in reversed(list(model.modules())) for block in getattr(module, "blocks", ())]
+    for block in dict.fromkeys(blocks):  # a model may show its encoder's blocks as its own
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        if compiled:
+            block.forward = torch.compile(block.forward)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 

@@ -17,7 +17,7 @@ class Requests:
     """Which signal asked this process to end.
 
     Attributes:
-        received: the signal's number; None: none so far.
+        received: the signal's number, of this process or, once they have agreed to end, of another one of the run; None: none so far.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class Requests:
 
     @property
     def name(self) -> str:
-        """The signal's name, such as SIGTERM; that of another process of the run where this one got none."""
-        return signal.Signals(self.received).name if self.received else "a signal to another process of it"
+        """The signal's name, such as SIGTERM."""
+        return signal.Signals(self.received).name
 
     def requeue(self) -> None:
         """Puts the Slurm job back into its queue where its signal asked for that; a job of an array by its own number."""

@@ -132,13 +132,15 @@ def run_form(model: nn.Module, form: str | None, batch: Mapping[str, Any]) -> Te
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every module's training flag and the states of torch's generators as before afterwards."""
+    """Evaluation mode without gradients inside, compiled blocks run as they were written; every module's training flag and the states of
+    torch's generators as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    compiled = any("forward" in vars(module) for module in model.modules())  # hooks inside would not be seen to come and go
     cpu_state, cuda_states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for module, training in flags:

@@ -18,7 +18,7 @@ from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.blocks import CompiledBlocks, MixerStack
 from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.nn.inputs import further_inputs
-from lba_exp.tasks.many_devices import batch_weight, restore, shard_where_wanted, sums
+from lba_exp.tasks.many_devices import StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
 
 TRAIN_MEANS = "train_means"  # key of a checkpoint
@@ -53,6 +53,11 @@ class Classification(pl.LightningModule):
     Metrics of a split are means over its samples, each counted once, on any number of devices. Those of the training split are means since
     the last validation; they are part of the checkpoint, so that an interrupted run reports what an uninterrupted one does.
 
+    The loss of an optimizer step is the mean over its samples, each counted once, on any number of devices and in any number of batches.
+
+    Attributes:
+        targets_vary: what a subclass's loss is a mean over is not as many targets for each sample: ``logits_and_labels`` tells how many.
+
     Args:
         model: the classifier.
         classes: number of classes.
@@ -60,6 +65,8 @@ class Classification(pl.LightningModule):
         seed: the run's seed; dropout in batch i of epoch e is a function of (seed, e, i, rank).
         hyper_parameters: the resolved configuration as a plain dict, kept in the checkpoint.
     """
+
+    targets_vary = False
 
     def __init__(
         self, model: nn.Module, *, classes: int, optim: dict[str, Any], seed: int = 0, hyper_parameters: dict[str, Any] | None = None
@@ -72,9 +79,11 @@ class Classification(pl.LightningModule):
         self.seed = seed
         if hyper_parameters:
             self.save_hyperparameters(hyper_parameters, logger=False)
-        self.train_loss, self.train_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        # in training unchecked: a look at the labels would wait for the device in every step
+        self.train_loss, self.train_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro", validate_args=False)
         self.val_loss, self.val_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
         self.test_loss, self.test_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        self._targets = StepTargets()
         self._trained = False  # whether the training means hold anything; the same on every device
 
     def compile_model(self) -> None:
@@ -111,7 +120,17 @@ class Classification(pl.LightningModule):
             self.train_loss.update(loss.detach(), len(logits))
             self.train_accuracy.update(logits.detach(), labels)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss if weight == 1 else loss * weight
+        if self.targets_vary:
+            weight = self._targets.weight(self.trainer, batch_idx, len(labels) if weight else 0, loss.device)
+        return loss if isinstance(weight, float) and weight == 1 else loss * weight
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.targets_vary and self.trainer.accumulate_grad_batches > 1:
+            scale_gradients(self.parameters(), self.step_correction())
+
+    def step_correction(self) -> Tensor | float:
+        """What the mean over devices and batches of an optimizer step's losses is multiplied by, for the step's own."""
+        return self._targets.correction(self.trainer) if self.targets_vary else 1.0
 
     def take_train_metrics(self) -> dict[str, float]:
         """Means over the training samples since the last call; an empty dict where there were none."""
@@ -127,7 +146,8 @@ class Classification(pl.LightningModule):
         return {"loss": self.train_loss, "accuracy": self.train_accuracy}
 
     def configure_model(self) -> None:
-        shard_where_wanted(self)
+        if shard_where_wanted(self, compiled=self._compiled is not None):
+            self._compiled = None  # its blocks are compiled: the gathering of weights around them cannot be
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAIN_MEANS] = sums(self._train_means())

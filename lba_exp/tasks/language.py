@@ -13,9 +13,11 @@ class LanguageModelling(Classification):
     """Trains ``model(inputs, padding_mask, selected=positions) -> (n, vocabulary)`` on batches {"inputs", "labels", ...}.
 
     Labels are (B, L) int64, the token at the positions that are to be predicted and -100 elsewhere; there are always some. Logits are
-    computed at the labelled positions alone. Losses and accuracies are means over those positions of a split. Arguments as of
-    ``Classification``, ``classes`` being the size of the vocabulary.
+    computed at the labelled positions alone. Losses and accuracies are means over those positions of an optimizer step or a split, each
+    counted once on any number of devices. Arguments as of ``Classification``, ``classes`` being the size of the vocabulary.
     """
+
+    targets_vary = True
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (n, vocabulary) at the labelled positions of a batch."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lba_exp.devices.sharding import shard
@@ -24,11 +26,56 @@ def batch_weight(trainer: pl.Trainer, batch_idx: int) -> float:
     return order.weight(batch_idx, trainer.accumulate_grad_batches, int(trainer.num_training_batches))
 
 
-def shard_where_wanted(module: pl.LightningModule) -> None:
-    """Shards ``module.model`` under FSDP2; call it in ``configure_model``."""
+class StepTargets:
+    """The targets of an optimizer step on all devices, for a loss that is a mean over targets whose number is only known from the batch.
+
+    The step is then that of the mean over all its targets, each counted once, however they fall onto devices and batches: devices are
+    weighed within each batch, by their targets as a share of all devices' targets of the step's first batch. With that the gradient is
+    the right one where a step has one batch; where it has several, one factor is missing, ``correction``, once they have all been seen.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None  # targets of the step's first batch, over all devices
+        self._total: Tensor | None = None  # those of all its batches so far
+
+    def weight(self, trainer: pl.Trainer, batch_idx: int, targets: int, device: torch.device) -> Tensor | float:
+        """What the mean loss of this device's training batch is multiplied by; every device calls.
+
+        Args:
+            batch_idx: of the batch in its epoch, from 0.
+            targets: that the mean is taken over; 0: the batch does not count.
+            device: where the sum over the devices is formed.
+        """
+        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
+            return 1.0
+        here = torch.tensor(float(targets), device=device)
+        everywhere = here.clone()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(everywhere)  # Lightning's reduce waits for the device
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        self._first, self._total = (everywhere, everywhere) if first else (self._first, self._total + everywhere)
+        return here * trainer.world_size / self._first
+
+    def correction(self, trainer: pl.Trainer) -> Tensor | float:
+        """What the step's gradient and loss are multiplied by, after its last batch."""
+        if trainer.accumulate_grad_batches == 1:
+            return 1.0
+        return trainer.accumulate_grad_batches * self._first / self._total
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+    """Multiplies gradients in place, sharded ones piece by piece."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_([gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients], factor)
+
+
+def shard_where_wanted(module: pl.LightningModule, *, compiled: bool) -> bool:
+    """Shards ``module.model`` under FSDP2, compiled where ``compiled``; call it in ``configure_model``. Returns whether it did."""
     strategy = module.trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy):
-        shard(module.model, strategy.device_mesh["data_parallel"])
+    sharded = isinstance(strategy, ModelParallelStrategy)
+    if sharded:
+        shard(module.model, strategy.device_mesh["data_parallel"], compiled=compiled)
+    return sharded
 
 
 def sums(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:
