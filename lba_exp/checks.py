@@ -82,15 +82,24 @@ def _check_fit(cfg: DictConfig) -> None:
             raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
         if data.vocabulary is None or not Path(data.vocabulary).expanduser().is_file():
             raise ConfigError(f"data.vocabulary={data.vocabulary} is no file: give a WordPiece vocabulary, one token a line.")
-    forward = cfg.model.mixer.direction == "forward" or (cfg.model.mixer.direction == "alternating" and cfg.model.depth == 1)
-    if cfg.model.pooling == "class_token" and forward and cfg.model.mixer.kind in ("linear", "softmax"):
-        raise ConfigError(
-            f"model.pooling=class_token reads the first token alone, which model.mixer.direction={cfg.model.mixer.direction} "
-            "keeps from seeing any other: give model.pooling=mean or mean_all."
-        )
+    _check_first_token(cfg.model)
     task = "language_modelling" if data.kind == "text_blocks" else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
+
+
+def _check_first_token(model: DictConfig) -> None:
+    """Raises ConfigError where the class is read from a first token that no mixer lets see another one."""
+    direction, remedy = model.mixer.direction, ", or give model.pooling=mean or mean_all"
+    what = f"model.pooling={model.pooling}" if model.pooling == "class_token" else None
+    if model.kind == "text_classifier":
+        what, remedy = "model.kind=text_classifier", ""
+    blind = direction == "forward" or (direction == "alternating" and model.depth == 1)
+    if what is not None and blind and model.mixer.kind in ("linear", "softmax"):
+        raise ConfigError(
+            f"{what} reads the first token alone, which model.mixer.direction={direction} keeps from seeing any other: "
+            f"choose another direction{remedy}."
+        )
 
 
 def _check_mixer(mixer: DictConfig) -> None:

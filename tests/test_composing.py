@@ -157,12 +157,15 @@ def test_every_entry_composes():
     for group in ("optim", "trainer", "logger", "parity", "debug"):
         for option in composing.options(group):
             composing.compose([f"{group}={option}"])
+
+    def needs(name):
+        source = ["data.source=digits"] if name.startswith(("fashion", "text")) else []
+        return source + ([f"data.vocabulary={__file__}"] if name.startswith("text") else [])
+
     for experiment in composing.options("experiments"):
-        needs = ["data.source=digits"] if experiment.startswith(("fashion", "text")) else []
-        needs += [f"data.vocabulary={__file__}"] if experiment.startswith("text") else []
-        assert composing.compose([f"experiments={experiment}", *needs]).origin.experiment == experiment
+        assert composing.compose([f"experiments={experiment}", *needs(experiment)]).origin.experiment == experiment
     for sweep in composing.options("sweeps"):
-        jobs = planning.plan([f"sweeps={sweep}"]).jobs
+        jobs = planning.plan([f"sweeps={sweep}", *needs(sweep)]).jobs
         assert len({job.folder for job in jobs}) == len(jobs) > 1
 
 

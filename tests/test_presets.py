@@ -30,6 +30,7 @@ ABLATIONS = {
     "LRA [6] not selective": ("lion_s_hippo", ["model.mixer.gate=fixed_vector"]),
     "LRA [7] softplus gate": ("lion_s_hippo", ["model.mixer.gate=softplus_vector"]),
     "LRA without HiPPO": ("lion_s_hippo", ["model.mixer.gate_init=random"]),
+    "LRA without HiPPO, D": ("lion_d_hippo", ["model.mixer.gate_init=random"]),
     "decay: fixed": ("lion_s", ["model.mixer.gate=fixed"]),
     "decay: selective vector": ("lion_s", ["model.mixer.gate=selective_vector"]),
     "decay: selective scalar": ("lion_s", []),

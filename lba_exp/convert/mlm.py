@@ -14,7 +14,6 @@ from torch import Tensor
 from lba_exp.convert import names
 from lba_exp.errors import WeightsError
 from lba_exp.models.language import MaskedLM, TextClassifier
-from lba_exp.models.pretrained import create, load_weights
 
 LAYERS = "bert.encoder.layer"
 DECODER = "cls.predictions.decoder"
@@ -40,7 +39,7 @@ def load_lion_mlm(state_dict: Mapping[str, Tensor], *, num_heads: int) -> Masked
     Raises:
         lba_exp.errors.WeightsError: keys that are missing or unknown, or sizes that do not fit; one sentence that names them.
     """
-    published = {_modern(name): tensor for name, tensor in state_dict.items()}
+    published = {_modern(name): tensor for name, tensor in names.checked(state_dict).items()}
     classifier = "classifier.weight" in published
     vocabulary, width = names.shape(published, "bert.embeddings.word_embeddings.weight", 2)
     names.check_heads(num_heads, width)
@@ -60,11 +59,9 @@ def load_lion_mlm(state_dict: Mapping[str, Tensor], *, num_heads: int) -> Masked
         config["classes"] = names.shape(published, "classifier.weight", 2)[0]
     else:
         _untie(published)
-    config["mixer"] = [_mixer(published, layer) for layer in range(config["depth"])]
+    config["mixer"] = [_mixer(published, layer, num_heads) for layer in range(config["depth"])]
     ignored = {"bert.embeddings.position_ids"} | (set() if classifier else set(UNUSED))
-    model = create(config)
-    load_weights(model, names.load(pairs(config), published, ignored), "the converted model")
-    return model.eval()
+    return names.build(config, pairs(config), published, ignored)
 
 
 def pairs(config: Mapping[str, Any]) -> list[names.Pair]:
@@ -104,8 +101,10 @@ def pairs(config: Mapping[str, Any]) -> list[names.Pair]:
     return found
 
 
-def _mixer(published: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
+def _mixer(published: Mapping[str, Tensor], layer: int, heads: int) -> dict[str, Any]:
     prefix = f"{LAYERS}.{layer}.attention.self"
+    for gate in ("ai", "Wa_i"):
+        names.check_gate(published, f"{prefix}.{gate}", heads)
     gate = "selective" if f"{prefix}.Wa_i.weight" in published else "fixed" if f"{prefix}.ai" in published else "none"
     norm = f"{prefix}.layer_norm.weight" in published
     if gate == "none" and not norm:

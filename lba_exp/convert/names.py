@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lba_exp.errors import WeightsError
-from lba_exp.models.pretrained import some
+from lba_exp.models.pretrained import create, load_weights, some
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,33 @@ def load(pairs: Iterable[Pair], published: Mapping[str, Tensor], ignored: Iterab
         raise WeightsError(f"the weights lack {some(missing)}.")
     if unknown := [name for name in published if name not in {*expected, *ignored}]:
         raise WeightsError(f"the weights hold {some(unknown)}, which this kind of model has not.")
-    return {pair.ours: pair.load(*(published[name] for name in pair.theirs)) for pair in pairs}
+    return {pair.ours: _loaded(pair, [published[name] for name in pair.theirs]) for pair in pairs}
+
+
+def _loaded(pair: Pair, tensors: list[Tensor]) -> Tensor:
+    try:
+        return pair.load(*tensors)
+    except (RuntimeError, IndexError):
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors)
+        raise WeightsError(f"{', '.join(pair.theirs)}: shapes or dtypes that do not fit ({shapes}).") from None
+
+
+def build(config: Mapping[str, Any], pairs: Iterable[Pair], published: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> nn.Module:
+    """The model of a configuration with published weights, in evaluation mode; WeightsError where they do not fit."""
+    try:
+        model = create(config)
+    except ValueError as error:
+        raise WeightsError(f"the weights make no model of this package ({error}).") from None
+    load_weights(model, load(pairs, published, ignored), "the converted model")
+    return model.eval()
+
+
+def checked(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A copy of a published state dict; WeightsError where something in it is no tensor."""
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{name} is a {type(value).__name__}: expected a tensor.")
+    return dict(state_dict)
 
 
 def store(pairs: Iterable[Pair], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,8 +115,8 @@ def shape(published: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[
     """The shape of a published tensor; WeightsError where it is missing or has another number of dimensions."""
     if name not in published:
         raise WeightsError(f"the weights lack {name}.")
-    if published[name].ndim != dimensions:
-        raise WeightsError(f"{name} has the shape {tuple(published[name].shape)}: expected {dimensions} dimensions.")
+    if published[name].ndim != dimensions or not published[name].numel():
+        raise WeightsError(f"{name} has the shape {tuple(published[name].shape)}: expected {dimensions} dimensions, none of size 0.")
     return tuple(published[name].shape)
 
 
@@ -97,3 +124,15 @@ def check_heads(num_heads: object, width: int) -> None:
     """Raises WeightsError unless the number of heads divides the width."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
         raise WeightsError(f"num_heads={num_heads!r} does not divide the width {width} of these weights: give the number of heads.")
+
+
+def check_gate(published: Mapping[str, Tensor], name: str, num_heads: int) -> None:
+    """Raises WeightsError where a gate, a number or a linear map a head, is of another number of heads."""
+    if f"{name}.weight" in published:
+        found = shape(published, f"{name}.weight", 2)[0]
+    elif name in published:
+        found = published[name].numel()
+    else:
+        return
+    if found != num_heads:
+        raise WeightsError(f"num_heads={num_heads} does not fit {name}, which holds the gates of {found} heads.")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lba_exp.convert import names
 from lba_exp.errors import WeightsError
-from lba_exp.models.pretrained import create, load_weights
 from lba_exp.models.vision import VisionTransformer, patch_grid
 
 POOLS = {"mean": "mean_all", "cls": "class_token"}
@@ -39,23 +38,26 @@ def load_lion_vision(
     Raises:
         lba_exp.errors.WeightsError: keys that are missing or unknown, or sizes that do not fit; one sentence that names them.
     """
-    published = dict(state_dict)
+    published = names.checked(state_dict)
     width, channels, patch_size, patch_width = names.shape(published, "patch_embed.proj.weight", 4)
     if patch_size != patch_width:
         raise WeightsError(f"patch_embed.proj.weight has patches of {patch_size} x {patch_width} pixels: expected square ones.")
     names.check_heads(num_heads, width)
-    if pool not in POOLS:
+    if not isinstance(pool, str) or pool not in POOLS:
         raise WeightsError(f"pool={pool!r} is not valid: give 'mean' or 'cls'.")
     class_token = "cls_token" in published
     if pool == "cls" and not class_token:
         raise WeightsError("pool='cls' needs a class token, and the weights lack cls_token: give pool='mean'.")
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not isinstance(size, Sequence) or isinstance(size, str):
+        raise WeightsError(f"image_size={image_size!r} is no size in pixels: give one number, or (height, width).")
     try:
         grid = patch_grid(size, patch_size)
     except ValueError as error:
         raise WeightsError(f"{error}.") from None
     layers = [
-        _mixer(published, layer, grid=grid, class_token=class_token, softmax=softmax) for layer in range(names.depth(published, "blocks"))
+        _mixer(published, layer, heads=num_heads, grid=grid, class_token=class_token, softmax=softmax)
+        for layer in range(names.depth(published, "blocks"))
     ]
     config = {
         "kind": "vit",
@@ -71,12 +73,10 @@ def load_lion_vision(
         "pooling": POOLS[pool] if class_token else "mean",
         "mixer": layers,
     }
-    if class_token and "pos_embed" in published and published["pos_embed"].shape[-2] == grid[0] * grid[1]:
+    if class_token and "pos_embed" in published and names.shape(published, "pos_embed", 3)[1] == grid[0] * grid[1]:
         row = torch.zeros_like(published["pos_embed"][..., :1, :])  # positions of the patches alone
         published["pos_embed"] = torch.cat([row, published["pos_embed"]], dim=-2)
-    model = create(config)
-    load_weights(model, names.load(pairs(config), published), "the converted model")
-    return model.eval()
+    return names.build(config, pairs(config), published)
 
 
 def pairs(config: Mapping[str, Any]) -> list[names.Pair]:
@@ -106,8 +106,12 @@ def pairs(config: Mapping[str, Any]) -> list[names.Pair]:
     return found
 
 
-def _mixer(published: Mapping[str, Tensor], layer: int, *, grid: tuple[int, int], class_token: bool, softmax: bool) -> dict[str, Any]:
+def _mixer(
+    published: Mapping[str, Tensor], layer: int, *, heads: int, grid: tuple[int, int], class_token: bool, softmax: bool
+) -> dict[str, Any]:
     prefix = f"blocks.{layer}.attn"
+    for gate in ("a_i", "a2_i"):
+        names.check_gate(published, f"{prefix}.{gate}", heads)
     gate = "selective" if f"{prefix}.a_i.weight" in published else "fixed" if f"{prefix}.a_i" in published else "none"
     if gate == "none" and softmax:
         return {"kind": "softmax"}

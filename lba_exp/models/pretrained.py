@@ -85,9 +85,12 @@ def from_pretrained(folder: str | Path) -> nn.Module:
             raise WeightsError(f"{folder / CONFIG} has no kind, heads and mixer: it is no configuration of this package.")
         model = create(config)
         weights = load_file(folder / WEIGHTS)
-    except (ValueError, TypeError, SafetensorError) as error:
-        if isinstance(error, WeightsError):
-            raise
+    except WeightsError:
+        raise
+    except (KeyError, IndexError) as error:
+        lacking = error if isinstance(error, KeyError) else "a mixer for each layer"
+        raise WeightsError(f"{folder / CONFIG} lacks {lacking}.") from None
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
     load_weights(model, weights, str(folder / WEIGHTS))
     return model.eval()

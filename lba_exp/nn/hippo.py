@@ -3,6 +3,10 @@ for Long Range Arena (arXiv 2502.16249; S4D, arXiv 2206.11893; S5, arXiv 2208.04
 
 A head is read as a diagonal system with one state per key channel, x' = A_n x + v, sampled with a step Delta: its decay is
 lambda = exp(Delta A_n), and the zero-order hold weighs its input by A_n^-1 (exp(Delta A_n) - 1), which is about Delta.
+
+The paper puts that weight into W_v. There it is a factor of the output's channels: a state's rows decay by key channel, its columns are
+value channels. A recurrence without a denominator needs the factor, as its sum over a memory is that of about 1 / Delta tokens. A scaled
+output is a mean already, and starts about Delta times as large as without: it is learnt more slowly at first (experiments/README.md).
 """
 
 from __future__ import annotations

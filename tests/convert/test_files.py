@@ -80,6 +80,9 @@ def test_a_broken_folder_is_named(tmp_path):
         ({"width": 24}, WeightsError, r"has the shape \(.*\), expected \("),
         ({"depth": 1}, WeightsError, "holds encoder.blocks.1.* and 1[0-9] more, which this model has not"),
         ({"colour": 3}, WeightsError, "colour"),
+        ({"mixer": [{"kind": "softmax"}]}, WeightsError, "config.json lacks a mixer for each layer"),
+        ({"mixer": {}}, WeightsError, "config.json lacks 'kind'"),
+        ({"heads": 5}, WeightsError, "cannot be read: heads: expected"),
         ({"kind": "masked_ml"}, ConfigError, "unknown model 'masked_ml'"),
     ):
         (tmp_path / "x" / "config.json").write_text(json.dumps(config | change))

@@ -116,6 +116,15 @@ def mutate_vision(change):
     load_lion_vision(weights, num_heads=2, image_size=(4, 6), pool="mean")
 
 
+KEY, GATE = "bert.encoder.layer.0.attention.self.key.weight", "bert.encoder.layer.0.attention.self.Wa_i.weight"
+
+
+def lone_second_gate(weights):
+    for name in list(weights):
+        if ".a_i." in name:
+            weights[name.replace("a_i", "a2_i")] = weights.pop(name)
+
+
 def mutate_mlm(change):
     weights = published.masked_lm("S")
     change(weights)
@@ -135,6 +144,15 @@ def mutate_mlm(change):
         (mutate_mlm, lambda w: w.update({"bert.encoder.layer.0.attention.self.bi": torch.zeros(2)}), "hold bert.encoder.layer.0.*self.bi"),
         (mutate_mlm, lambda w: w.update({"cls.predictions.decoder.weight": torch.zeros(17, 12)}), "tied decoder"),
         (mutate_mlm, lambda w: w.clear(), "lack bert.embeddings.word_embeddings.weight"),
+        (mutate_mlm, lambda w: w.update({KEY: torch.zeros(12, 5)}), r"query.weight, .* do not fit \(\(12, 12\) float64, \(12, 5\)"),
+        (mutate_mlm, lambda w: w.update({KEY: torch.zeros(12)}), "key.weight, .* do not fit"),
+        (mutate_mlm, lambda w: w.update({KEY: [1]}), "key.weight is a list: expected a tensor"),
+        (mutate_mlm, lambda w: w.update({GATE: torch.zeros(2, 12) > 0}), "Wa_i.weight: shapes or dtypes that do not fit .* bool"),
+        (mutate_mlm, lambda w: w.update({GATE: torch.zeros(3, 12)}), "num_heads=2 does not fit .*Wa_i, which holds the gates of 3 heads"),
+        (mutate_mlm, lambda w: w.update({"bert.embeddings.word_embeddings.weight": torch.zeros(17, 0)}), r"\(17, 0\): expected 2"),
+        (mutate_vision, lambda w: w.update({"pos_embed": torch.zeros(84)}), r"pos_embed has the shape \(84,\)"),
+        (mutate_vision, lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.zeros(0, 12)}), r"fc1.weight has the shape \(0, 12\)"),
+        (mutate_vision, lone_second_gate, "the weights make no model of this package"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(load, change, words):
@@ -149,6 +167,9 @@ def test_keys_that_do_not_fit_are_named(load, change, words):
         ({"image_size": 5}, r"patch_size: expected a divisor .*\(5, 5\)"),
         ({"image_size": (4, 4)}, r"positions.weight .* has the shape \(7, 12\), expected \(5, 12\)"),
         ({"pool": "max"}, "pool='max' is not valid: give 'mean' or 'cls'"),
+        ({"pool": ["cls"]}, "is not valid: give 'mean' or 'cls'"),
+        ({"image_size": 4.0}, r"image_size=4.0 is no size in pixels: give one number, or \(height, width\)"),
+        ({"image_size": "4x6"}, "image_size='4x6' is no size in pixels"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, words):

@@ -169,13 +169,13 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(norm):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_compute_the_same_in_one_graph_for_all_that_are_alike(checkpointing, monkeypatch):
+@pytest.mark.parametrize(("checkpointing", "form"), [(False, "parallel"), (True, "chunkwise"), (True, "recurrent")])
+def test_compiled_blocks_compute_the_same_in_one_graph_for_all_that_are_alike(checkpointing, form, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(8)
     stack = Stack()
-    stack.blocks = make_blocks(lambda layer: LinearAttention(8, 2), 8, 4, drop_path=0.3, norm="batch")
+    stack.blocks = make_blocks(lambda layer: LinearAttention(8, 2, form=form, chunk_size=2), 8, 4, drop_path=0.3, norm="batch")
     stack.gradient_checkpointing = checkpointing
     compiled, x, mask = CompiledBlocks(stack), torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [3], [4]])
     results, state, graphs = [], {name: value.clone() for name, value in stack.state_dict().items()}, torch._dynamo.utils.counters["stats"]
