@@ -146,8 +146,9 @@ class Classification(pl.LightningModule):
         return {"loss": self.train_loss, "accuracy": self.train_accuracy}
 
     def configure_model(self) -> None:
-        if shard_where_wanted(self, compiled=self._compiled is not None):
-            self._compiled = None  # its blocks are compiled: the gathering of weights around them cannot be
+        compiled = self._whole is not None or self._blocks is not nullcontext
+        if shard_where_wanted(self, compiled=compiled):  # blocks are then compiled there: the gathering of weights around them cannot be
+            self._whole, self._blocks = None, nullcontext
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAIN_MEANS] = sums(self._train_means())
