@@ -35,6 +35,22 @@ def test_second_derivatives_are_refused_not_left_out(form):
             torch.autograd.grad(y.sum(), **wanted, create_graph=True)
 
 
+@pytest.mark.parametrize("form", ["parallel", "blockwise"])
+def test_function_transforms(form):
+    # torch.func: a gradient for each sequence of a batch
+    inputs = [x.detach() for x in Case(length=7, dtype=torch.float64).tensors()[:5]]
+
+    def loss(q, k, v, *decays):
+        return bidirectional_linear_attention(q[None], k[None], v[None], *decays, form=form, chunk_size=4).square().sum()
+
+    q, k, v, f, b = inputs
+    fixed = f[0, 0], b[0, 0]
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, 0, 0, None, None))(q, k, v, *fixed)
+    for i in range(len(q)):
+        for one, other in zip(found, torch.autograd.functional.jacobian(lambda *x: loss(*x, *fixed), (q[i], k[i], v[i])), strict=True):
+            assert error(one[i], other) < 1e-12
+
+
 def directional(form, wanted):
     """The tangent of the output for one along the input ``wanted``."""
     inputs = [x.detach() for x in small()]
