@@ -46,12 +46,16 @@ def choose_form(length: int, vector: bool = False) -> str:
 class Divide(torch.autograd.Function):
     """num / (den + eps), which keeps the quotient for its backward pass instead of the numerator."""
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx, num, den, eps):
-        y = num / (den + eps)[..., None]
-        ctx.save_for_backward(y, den)
-        ctx.eps = eps
-        return y
+    def forward(num, den, eps):
+        return num / (den + eps)[..., None]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, den, ctx.eps = inputs
+        ctx.save_for_backward(output, den)
 
     @staticmethod
     def backward(ctx, grad):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -35,3 +36,11 @@ def first_derivative(backward: Callable) -> Callable:
             return backward(ctx, grad, *grads)
 
     return run
+
+
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where an input carries a forward-mode tangent: an opaque operation would drop it, and the derivative would read as zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("the recurrent form and streaming have no forward-mode derivatives (jvp); form='parallel' has them")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lba_exp.ops.decays import add_steps, empty_gradient
-from lba_exp.ops.precision import compute_dtype, first_derivative
+from lba_exp.ops.precision import compute_dtype, first_derivative, no_forward_mode
 from lba_exp.ops.steps import Decay, advance, decayed_states, retreat
 
 SEGMENT = 256  # tokens gathered at once, at most
@@ -227,5 +227,6 @@ def recurrent(
     O(L d) memory, also in training, which keeps a state every 64 tokens, and those between two borders while it works there. Arguments
     as in ``parallel``.
     """
+    no_forward_mode(q, k, v, forward, backward)
     num, den = _run(q, k, v, forward, backward, weight, ",".join(directions), with_den)
     return num, den if with_den else None

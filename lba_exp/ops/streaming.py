@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lba_exp.ops import checks
 from lba_exp.ops.decays import to_steps
-from lba_exp.ops.precision import compute_dtype, no_autocast
+from lba_exp.ops.precision import compute_dtype, no_autocast, no_forward_mode
 from lba_exp.ops.steps import Decay, advance
 
 
@@ -75,6 +75,7 @@ def stream(
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("state", state)):
         if torch.is_grad_enabled() and x is not None and x.requires_grad:
             raise ValueError(f"{name}: streaming gives no gradients; call it under torch.no_grad() or give {name}.detach()")
+    no_forward_mode(state, q, k, v, log_decay)
     with no_autocast(q.device):
         if padding_mask is not None:
             q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lba_exp.ops import bidirectional_linear_attention, bidirectional_linear_attention_parts
 
@@ -32,6 +33,47 @@ def test_second_derivatives_are_refused_not_left_out(form):
     for wanted in ({"inputs": inputs}, {"inputs": inputs[:1]}):
         with pytest.raises(RuntimeError, match=r"first derivatives only.*'parallel'"):
             torch.autograd.grad(y.sum(), **wanted, create_graph=True)
+
+
+@pytest.mark.parametrize("form", ["parallel", "blockwise"])
+def test_function_transforms(form):
+    # torch.func: a gradient for each sequence of a batch
+    inputs = [x.detach() for x in Case(length=7, dtype=torch.float64).tensors()[:5]]
+
+    def loss(q, k, v, *decays):
+        return bidirectional_linear_attention(q[None], k[None], v[None], *decays, form=form, chunk_size=4).square().sum()
+
+    q, k, v, f, b = inputs
+    fixed = f[0, 0], b[0, 0]
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, 0, 0, None, None))(q, k, v, *fixed)
+    for i in range(len(q)):
+        for one, other in zip(found, torch.autograd.functional.jacobian(lambda *x: loss(*x, *fixed), (q[i], k[i], v[i])), strict=True):
+            assert error(one[i], other) < 1e-12
+
+
+def directional(form, wanted):
+    """The tangent of the output for one along the input ``wanted``."""
+    inputs = [x.detach() for x in small()]
+    with forward_ad.dual_level():
+        inputs[wanted] = forward_ad.make_dual(inputs[wanted], inputs[wanted].cos())
+        return forward_ad.unpack_dual(bidirectional_linear_attention(*inputs, form=form, chunk_size=4)).tangent
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_forward_mode(wanted):
+    inputs = small()
+    inputs[wanted] = (start := inputs[wanted].detach()) + (step := torch.zeros((), dtype=torch.float64, requires_grad=True)) * start.cos()
+    y = bidirectional_linear_attention(*inputs, form="recurrent")
+    expected = torch.stack([torch.autograd.grad(x, step, retain_graph=True)[0] for x in y.flatten()]).view(y.shape)
+    for form in ("parallel", "blockwise"):
+        assert error(directional(form, wanted), expected) < 1e-10
+
+
+@pytest.mark.parametrize("form", FIRST_ONLY)
+def test_forward_mode_is_refused_not_zero(form):
+    for wanted in range(5):
+        with pytest.raises(RuntimeError, match=r"forward.mode"):
+            directional(form, wanted)
 
 
 @pytest.mark.parametrize("wanted", range(5))

@@ -1,10 +1,13 @@
 """Every form against direct summation in float64, outputs and gradients, over the whole contract."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+
+from lba_exp.ops import api, bidirectional_linear_attention, choose_form
 
 from .compare import FORMS, KINDS, Case, cases, check
 
@@ -44,6 +47,33 @@ def test_extreme_gates(form, dtype, kind):
 def test_gradient_of_few_tokens(form, length):
     # the exact gradient of one token's scaled output is nearly zero
     check(Case(length=length, batch=1, heads=1), form)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_auto_runs_what_its_rule_says(vector, monkeypatch):
+    ran = []
+    for name, function in api._IMPLEMENTATIONS.items():
+
+        def note(*args, name=name, function=function, **options):
+            ran.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setitem(api._IMPLEMENTATIONS, name, note)
+    border = 128 if vector else 192
+    for length, expected in ((1, "parallel"), (border, "parallel"), (border + 1, "chunkwise")):
+        kind = "selective_vector" if vector else "selective"
+        q, k, v, f, b, _ = Case(kinds=(kind, "selective"), length=length, batch=1, heads=1).tensors()
+        bidirectional_linear_attention(q, k, v, f, b)
+        assert ran.pop() == choose_form(length, vector) == expected
+    # a decay that the direction drops does not count: 129 tokens, parallel without one per channel
+    bidirectional_linear_attention(*(x[:, :129] for x in (q, k, v, f)), direction="backward")
+    assert ran == ["parallel"]
+
+
+def test_the_rule_of_auto_is_in_the_readme():
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    rule = f"`parallel` up to {api.PARALLEL_UP_TO} tokens ({api.PARALLEL_UP_TO_VECTOR} with a decay per channel) and `chunkwise` above"
+    assert rule in text
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 
 from lba_exp.ops import api, chunkwise, recurrent
 
+from . import worst_errors
 from .compare import FORMS, Case, check
 
 CASE = Case(length=70, chunk_size=8, padded="holes", batch=1, heads=2)
@@ -63,3 +64,14 @@ def test_forgotten_states_are_found(monkeypatch):
     monkeypatch.setattr(recurrent, "advance", lambda state, *others: correct(torch.zeros_like(state), *others))
     with pytest.raises(AssertionError, match="recurrent: relative errors"):
         check(CASE, "recurrent")
+
+
+def test_the_table_of_worst_errors(monkeypatch, capsys):
+    arguments = ["--cases", "4", "--seed", "1"]
+    assert worst_errors.main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 4 * len(FORMS) and len({line.count("|") for line in table}) == 1
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "chunkwise", with_change("chunkwise", count_diagonal_twice))
+    assert worst_errors.main(arguments) == 1
+    wrong = capsys.readouterr().err.splitlines()
+    assert wrong and all("chunkwise" in line for line in wrong)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lba_exp.ops import bidirectional_linear_attention_parts, start_state, step_log_decays, stream
 
@@ -91,6 +92,12 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = stream(start_state(2, 3, 4, 5), q, k, v, f, direction="forward")
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_forward_mode_tangent_is_refused_not_dropped():
+    q, k, v, f, _, _ = Case(length=6).tensors()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        stream(start_state(2, 3, 4, 5), forward_ad.make_dual(q, q), k, v, f, direction="forward")
 
 
 def test_one_token_of_one_head():
