@@ -8,6 +8,7 @@ from lba_exp import build
 from lba_exp.convert import from_pretrained
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import ConfigError
+from lba_exp.tasks.classification import Classification
 
 from .conftest import SMALL
 from .corpus import write_corpus
@@ -67,6 +68,19 @@ def test_compiled_training_is_the_same_training(tmp_path, monkeypatch):
         overrides = [*SMALL, "trainer.max_epochs=1", "parity=off", f"compile={flag}", f"folder={tmp_path / flag}"]
         records.append(lba_exp.train(lba_exp.compose(overrides), quiet=True))
     assert len(compiled) == 1 and records[0]["metrics"] == records[1]["metrics"]
+
+
+def test_a_model_without_blocks_is_compiled_whole(monkeypatch):
+    class Plain(torch.nn.Linear):
+        def forward(self, inputs, padding_mask=None):
+            return super().forward(inputs)
+
+    compiled, model, x = [], Plain(3, 2), torch.randn(4, 3)
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    task = Classification(model, classes=2, optim={})
+    assert torch.equal(task({"inputs": x}), model(x)) and not compiled
+    task.compile_model()
+    assert torch.equal(task({"inputs": x}), model(x)) and compiled == [model.forward]
 
 
 SPECS = {
