@@ -19,6 +19,7 @@ from rich.text import Text
 
 from lba_exp.errors import RunFolderError
 from lba_exp.results import folder as folders
+from lba_exp.results.collect import CONFIGS
 from lba_exp.sweeping import plan as planning
 from lba_exp.sweeping.plan import Job, Plan
 
@@ -89,6 +90,9 @@ class Report:
             jobs = [{"label": j.label, "folder": str(j.folder), "row": j.cfg.origin.row, "overrides": j.shown} for j in self.plan.jobs]
             content = OmegaConf.to_yaml(OmegaConf.create({"sweep": self.plan.name, "launcher": self.plan.launcher, "jobs": jobs}))
             folders.write_atomically(self.plan.folder / "sweep.yaml", content)
+            configs = {j.label: OmegaConf.to_container(j.cfg, resolve=True) for j in self.plan.jobs}
+            folders.write_atomically(self.plan.folder / CONFIGS, json.dumps(configs) + "\n")  # for tables: what is to come, by any key
+            self._save()
         except OSError as error:
             raise RunFolderError(f"{self.plan.folder} cannot be written ({error.strerror}): give another root=.") from None
         self.bar.start()
