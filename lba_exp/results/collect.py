@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -216,19 +216,26 @@ def metric_name(metric: str, runs: Sequence[Run]) -> str:
         if candidate in known or not finished:
             return candidate
     listed = sorted({k for run in finished for k, v in run.numbers.items() if v is not None and not k.startswith(("environment/", "seed"))})
-    raise UserError(f"--metric: {unknown(metric, listed, 'a metric of these runs')}")
+    shown = [k for k in listed if k.startswith(("test/", "validation/", "train/", "efficiency/")) or k.endswith("/rel") or "/" not in k]
+    rest = ", or another number of result.json" if len(shown) < len(listed) else ""
+    raise UserError(f"--metric: {_nearest(metric, listed, 'a metric of these runs')} Valid: {', '.join(shown)}{rest}.")
+
+
+def _nearest(word: str, known: Iterable[str], what: str) -> str:
+    """``unknown`` without the list of all names."""
+    said, question, _ = unknown(word, known, what).partition("?")
+    return said + question if question else f"{word!r} is not {what}."
 
 
 def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> None:
     """Raises UserError for a key that no run has."""
     known = dict.fromkeys(key for run in runs for key, value in run.flat.items() if not isinstance(value, list | dict | float))
-    known |= dict.fromkeys(key for run in runs for key in _flatten(run.config, "."))
+    known |= dict.fromkeys([*(key for run in runs for key in _flatten(run.config, ".")), *ALIASES])
     for key in keys:
         if ALIASES.get(key, key) not in known:
             short = [*ALIASES, "task", *(k for k in runs[0].record if k in known and k != "variant")]
-            nearest = unknown(key, known, "a key of these runs").partition("?")
-            hint = f"{nearest[0]}? " if nearest[1] else f"{key!r} is not a key of these runs. "
-            raise UserError(f"{option}: {hint}Valid: {', '.join(dict.fromkeys(short))}, or a key of config.yaml such as optim.lr.")
+            valid = f"Valid: {', '.join(dict.fromkeys(short))}, or a key of config.yaml such as optim.lr."
+            raise UserError(f"{option}: {_nearest(key, known, 'a key of these runs')} {valid}")
 
 
 def select(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
