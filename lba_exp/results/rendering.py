@@ -10,7 +10,8 @@ from lba_exp.results.collect import STATUSES
 from lba_exp.results.layout import BEST, SECOND, Table, Text, lay_out
 from lba_exp.results.tables import MEMORY, TIME, Grid
 
-GREEK = "alpha beta gamma delta varepsilon zeta eta theta iota kappa lambda mu nu xi o pi rho varsigma sigma tau upsilon varphi chi psi omega"
+GREEK = "alpha beta gamma delta varepsilon zeta eta theta iota kappa lambda mu "
+GREEK += "nu xi o pi rho varsigma sigma tau upsilon varphi chi psi omega"
 LATEX = {
     **{chr(ord("α") + i): f"$\\{name}$" for i, name in enumerate(GREEK.split()) if name != "o"},
     "\\": r"\textbackslash{}",

@@ -186,7 +186,7 @@ def test_markdown_and_latex_escape_and_mark():
     assert len({len(line) for line in lines[2:6]}) == 1
     text = latex(table)
     assert r"\textbf{1 $\pm$ 0} (n = 2) \\" in text and r"c\_d\&\% & \underline{2} \\" in text and r"\caption{x\_1}" in text
-    assert r"a|b\textless{}i\textgreater{}" in text and text.count("{") == text.count("}")
+    assert r"a\textbar{}b\textless{}i\textgreater{}" in text and text.count("{") == text.count("}")
 
 
 def test_csv_holds_full_numbers(tmp_path):
