@@ -1,5 +1,6 @@
 """The page: complete, self-contained, escaped, readable without its pictures."""
 
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +14,10 @@ from lba_exp.results.report import charts
 from lba_exp.results.report.page import report_page
 from lba_exp.results.report.svg import Axis, Chart, Series
 from lba_exp.results.tables import TableOptions
-from tests.run_folders import write_run
+from tests.run_folders import config, write_run
 
 EVIL = '"><script>alert(1)</script>&<b>'
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"wbr", "meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
@@ -102,6 +103,23 @@ def test_a_complete_page(root, tmp_path):
     assert len(ids) == len(set(ids)) and all(name in ids for picture in pictures for name in picture["aria-labelledby"].split())
     assert "tolerance 0.0001" in said and "layer 2 head 2" in said and "lion_s from 1.95 to 1.45" in said, "text alternatives tell numbers"
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_job_without_a_folder_is_told_with_its_log_and_not_linked(tmp_path):
+    write_run(tmp_path / "runs", seed=0)
+    kept = tmp_path / "runs" / "digits" / ".sweep"
+    (kept / "logs").mkdir(parents=True)
+    (kept / "logs" / "b.log").write_text("Traceback")
+    jobs = [{"label": f"lion_s/seed{i}", "status": "failed" if i == 1 else "not started", "error": "OSError: it broke"} for i in (1, 2)]
+    jobs[0]["log"] = "/elsewhere/b.log"
+    (kept / "summary.json").write_text(json.dumps({"jobs": jobs}))
+    configs = {f"lion_s/seed{i}": config(seed=i, origin__overrides=["optim.lr=0.1", "<b>"]) for i in (1, 2)}
+    (kept / "configs.json").write_text(json.dumps(configs))
+    _, page = page_of(tmp_path / "runs", tmp_path / "report.html")
+    said = " ".join(page.text)
+    assert "1 finished, 1 failed, 1 missing" in said and "seed 1: OSError: it broke" in said and "seed 2" not in said
+    targets = [tmp_path / unquote(link) for link in page.links]
+    assert kept / "logs" / "b.log" in targets and all(target.exists() for target in targets)
 
 
 def test_every_text_is_escaped(tmp_path):

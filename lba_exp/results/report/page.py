@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lba_exp.results import screen
-from lba_exp.results.collect import FINISHED, STATUSES, Run
+from lba_exp.results.collect import FINISHED, MISSING, STATUSES, Run
 from lba_exp.results.layout import Table, lay_out
 from lba_exp.results.report import charts
 from lba_exp.results.report.svg import swatch
@@ -90,8 +90,9 @@ def _run_line(run: Run, metric: str, output: Path) -> dict[str, Any]:
     parity = run.flat.get("parity.verdict")
     return {
         "labels": [run.label(key) for key in ("name", "model", "data", "seed")],
+        "name": Markup(escape(run.label("name")).replace(",", Markup(",<wbr>"))),  # a long name breaks between its overrides
         "status": run.status,
-        "error": run.error,
+        "error": run.error if run.status != MISSING else None,  # the status says it all
         "value": "" if value is None else screen.percent(value) if metric.endswith("accuracy") else f"{value:.4g}",
         "step": "" if run.numbers.get("best/step") is None else f"{run.numbers['best/step']:,}",
         "time": screen.seconds(cost) or "",
