@@ -97,7 +97,7 @@ def check_override(override: Override, further: Sequence[Path] = ()) -> None:
             if str(value) not in known:
                 raise ConfigError(f"{key}={value}: {messages.unknown(str(value), known, f'an entry of {key}')}")
             if key in GLOBAL_GROUPS:
-                check_file(known[str(value)], key, GROUPS, lambda group: options(group, further), run_schema())
+                check_file(known[str(value)], key, GROUPS, lambda group: options(group, further), command_schema())
         return
     check_reserved(key)
     messages.check_key(key, command_schema(), GROUPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from lba_exp.checks import check_reserved
 from lba_exp.errors import ConfigError
-from lba_exp.messages import unknown
+from lba_exp.messages import describe, unknown
 
 Options = Callable[[str], Mapping[str, Path]]
 
@@ -50,8 +50,21 @@ def _check(path: Path, group: str, groups: tuple[str, ...], options: Options, sc
         if key in groups and is_dataclass(getattr(schema, key, None)):
             for name in value:
                 check_reserved(f"{key}.{name}", f" (in {where})")
+    _check_shapes(content, schema, schema, "", where)
     for entry in _defaults(content, where):
         _check_default(entry, where, group, groups, options, schema, (*seen, path))
+
+
+def _check_shapes(content: dict, node: Any, schema: Any, prefix: str, where: str) -> None:
+    """A list where keys belong, or keys where a list belongs: Hydra says of them neither the key nor what is valid."""
+    for member in fields(node):
+        value, default = content.get(member.name), getattr(node, member.name)
+        key = prefix + member.name
+        groups = is_dataclass(default) or isinstance(default, dict)
+        if (groups and isinstance(value, list)) or (isinstance(default, list) and isinstance(value, dict)):
+            raise ConfigError(f"{key} in {where} holds {_kind(value)}: {describe(key, schema)}")
+        if is_dataclass(default) and isinstance(value, dict):
+            _check_shapes(value, default, schema, f"{key}.", where)
 
 
 def _defaults(content: dict, where: str) -> list:

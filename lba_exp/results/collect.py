@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,18 @@ from lba_exp.errors import UserError
 from lba_exp.messages import unknown
 from lba_exp.results import naming
 
-FINISHED, UNFINISHED, UNREADABLE = "finished", "unfinished", "unreadable"
-STATUSES = (FINISHED, "failed", "interrupted", UNFINISHED, UNREADABLE)
+FINISHED, FAILED, INTERRUPTED, UNFINISHED, UNREADABLE, MISSING = (
+    "finished",
+    "failed",
+    "interrupted",
+    "unfinished",
+    "unreadable",
+    "missing",
+)
+STATUSES = (FINISHED, FAILED, INTERRUPTED, UNFINISHED, UNREADABLE, MISSING)
 # Short names for keys of a record; every other key is one of the record's or of the configuration's.
 ALIASES = {"model": "variant"}
+SWEEP, CONFIGS = ".sweep", "configs.json"  # a sweep's own folder, and its file of the configuration of every job
 ABSENT = "—"  # how the label of a key reads that a run does not have
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -34,8 +43,10 @@ class Run:
         place: where it lies: its folder, or its address on W&B.
         record: what ``result.json`` holds; where there is none, what the configuration tells of it.
         config: the resolved configuration; empty where it cannot be read.
-        status: ``finished``, ``failed``, ``interrupted``, ``unfinished`` (no record yet: it runs, or was killed) or ``unreadable``.
+        status: ``finished``, ``failed``, ``interrupted``, ``unfinished`` (no record yet: it runs, or was killed), ``unreadable`` or
+            ``missing`` (a job of a sweep that has not begun).
         error: why there is no result; None where there is one.
+        log: of a job that left no run folder, where its traceback is.
     """
 
     place: str
@@ -43,6 +54,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     status: str = FINISHED
     error: str | None = None
+    log: Path | None = None
 
     @cached_property
     def flat(self) -> dict[str, Any]:
@@ -83,7 +95,8 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     """The runs in and below some folders, in order of their paths, each once.
 
     A run folder is one with a ``config.yaml``; nothing is searched inside of it. What was set aside by ``resume=never`` and the runs of
-    ``debug=`` count only where they are named themselves.
+    ``debug=`` count only where they are named themselves. Where a sweep lies there, those of its jobs count too that have no run folder:
+    not begun yet, or failed before anything was written.
 
     Returns:
         The runs, and remarks on what was left out.
@@ -95,13 +108,13 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path} is no folder: give run folders, or folders that hold some (runs).")
-        for folder in _run_folders(path):
-            identity = folder.resolve()
+        folders, sweeps = _search(path)
+        for run in itertools.chain(map(read_run, folders), *map(_without_folder, sweeps)):
+            identity = Path(run.place).resolve()
             if identity in found:
                 continue
-            run = read_run(folder)
-            if run.flat.get("origin.debug") and folder != path:
-                debug += 1
+            if run.flat.get("origin.debug") and Path(run.place) != path:
+                debug += run.status != MISSING
                 continue
             found[identity] = run
     if not found:
@@ -114,12 +127,35 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
-def _run_folders(path: Path) -> Iterable[Path]:
+def _search(path: Path) -> tuple[list[Path], list[Path]]:
+    """The run folders in and below a folder, and the folders of the sweeps there."""
+    runs, sweeps = [], []
     for place, folders, files in os.walk(path):
         if "config.yaml" in files:
             folders.clear()
-            yield Path(place)
+            runs.append(Path(place))
+        if SWEEP in folders:
+            sweeps.append(Path(place) / SWEEP)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and ".aside" not in f)
+    return runs, sweeps
+
+
+def _without_folder(sweep: Path) -> Iterator[Run]:
+    """The jobs of a sweep, as it was started last, that have no run folder."""
+    try:
+        jobs = json.loads((sweep / "summary.json").read_text("utf-8"))["jobs"]
+        left = [(sweep.parent / job["label"], job) for job in jobs]
+        left = [(Path(os.path.normpath(folder)), job) for folder, job in left if not (folder / "config.yaml").is_file()]
+        configs = json.loads((sweep / CONFIGS).read_text("utf-8")) if left else {}
+        for folder, job in left:
+            if (config := configs.get(job["label"])) is not None:
+                ended = job["status"] in (FAILED, INTERRUPTED)
+                name = Path(job.get("log") or "none").name
+                log = next((log for log in (sweep / "logs" / name, sweep / name) if ended and log.is_file()), None)
+                status, error = (job["status"], job.get("error")) if ended else (MISSING, "not begun yet")
+                yield Run(str(folder), _told_by(config), config, status, error, log)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another version, or being written
+        return
 
 
 def read_run(folder: Path) -> Run:
@@ -180,19 +216,26 @@ def metric_name(metric: str, runs: Sequence[Run]) -> str:
         if candidate in known or not finished:
             return candidate
     listed = sorted({k for run in finished for k, v in run.numbers.items() if v is not None and not k.startswith(("environment/", "seed"))})
-    raise UserError(f"--metric: {unknown(metric, listed, 'a metric of these runs')}")
+    shown = [k for k in listed if k.startswith(("test/", "validation/", "train/", "efficiency/")) or k.endswith("/rel") or "/" not in k]
+    rest = ", or another number of result.json" if len(shown) < len(listed) else ""
+    raise UserError(f"--metric: {_nearest(metric, listed, 'a metric of these runs')} Valid: {', '.join(shown)}{rest}.")
+
+
+def _nearest(word: str, known: Iterable[str], what: str) -> str:
+    """``unknown`` without the list of all names."""
+    said, question, _ = unknown(word, known, what).partition("?")
+    return said + question if question else f"{word!r} is not {what}."
 
 
 def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> None:
     """Raises UserError for a key that no run has."""
     known = dict.fromkeys(key for run in runs for key, value in run.flat.items() if not isinstance(value, list | dict | float))
-    known |= dict.fromkeys(key for run in runs for key in _flatten(run.config, "."))
+    known |= dict.fromkeys([*(key for run in runs for key in _flatten(run.config, ".")), *ALIASES])
     for key in keys:
         if ALIASES.get(key, key) not in known:
             short = [*ALIASES, "task", *(k for k in runs[0].record if k in known and k != "variant")]
-            nearest = unknown(key, known, "a key of these runs").partition("?")
-            hint = f"{nearest[0]}? " if nearest[1] else f"{key!r} is not a key of these runs. "
-            raise UserError(f"{option}: {hint}Valid: {', '.join(dict.fromkeys(short))}, or a key of config.yaml such as optim.lr.")
+            valid = f"Valid: {', '.join(dict.fromkeys(short))}, or a key of config.yaml such as optim.lr."
+            raise UserError(f"{option}: {_nearest(key, known, 'a key of these runs')} {valid}")
 
 
 def select(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:

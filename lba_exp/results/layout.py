@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lba_exp.results.collect import STATUSES
 from lba_exp.results.paper import SOURCE
-from lba_exp.results.quantities import Style, heading, lower_is_better, style
+from lba_exp.results.quantities import Style, heading, is_ranked, lower_is_better, style
 from lba_exp.results.statistics import SPREADS, Comparison
 from lba_exp.results.tables import MEMORY, NO_VALUE, TIME, Cell, Grid, Labels
 
@@ -87,7 +87,7 @@ def _marks(cells: list[Cell], metric: str, look: Style, better: str | None) -> l
     lower = lower_is_better(metric) if better is None else better == "lower"
     ranked = {i: look.rounded(cell.mean) for i, cell in enumerate(cells) if cell.n and not cell.lacking}
     places = sorted(set(ranked.values()), reverse=not lower)
-    if len(places) < 2 or better == "none":
+    if len(places) < 2 or better == "none" or (better is None and not is_ranked(metric)):
         return [None] * len(cells)
     names = {places[0]: BEST, places[1]: SECOND}
     return [names.get(ranked.get(i)) for i in range(len(cells))]

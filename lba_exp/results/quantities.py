@@ -11,6 +11,11 @@ from dataclasses import dataclass
 # Words in the names of metrics that one wants small.
 LOWER = {"loss", "error", "rel", "abs", "perplexity", "ppl", "different", "ties"}
 LOWER |= {"seconds", "ms", "time", "latency", "bytes", "memory", "parameters", "size"}
+# Beginnings and endings of names whose values are neither good nor bad: where the best checkpoint was, how large the batch.
+NEUTRAL = (
+    ("best/", "batch/", "decays/", "environment/", "parity/worst/epoch", "parity/worst/step"),
+    ("count", "validations", "tolerance", "gib"),
+)
 UNITS = {"seconds": "s", "ms": "ms"}
 NAMES = {
     "efficiency/train_seconds": "training time",
@@ -24,6 +29,11 @@ NAMES = {
 def lower_is_better(metric: str) -> bool:
     """By the last part of its name: losses, errors, times, sizes."""
     return bool(LOWER & set(re.split(r"[_/]", metric.rpartition("/")[2])))
+
+
+def is_ranked(metric: str) -> bool:
+    """Whether one value of it is better than another."""
+    return not metric.startswith(NEUTRAL[0]) and not metric.endswith(NEUTRAL[1])
 
 
 def is_share(metric: str) -> bool:

@@ -10,7 +10,10 @@ from lba_exp.results.collect import STATUSES
 from lba_exp.results.layout import BEST, SECOND, Table, Text, lay_out
 from lba_exp.results.tables import MEMORY, TIME, Grid
 
+GREEK = "alpha beta gamma delta varepsilon zeta eta theta iota kappa lambda mu "
+GREEK += "nu xi o pi rho varsigma sigma tau upsilon varphi chi psi omega"
 LATEX = {
+    **{chr(ord("α") + i): f"$\\{name}$" for i, name in enumerate(GREEK.split()) if name != "o"},
     "\\": r"\textbackslash{}",
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "~": r"\textasciitilde{}",
@@ -19,6 +22,8 @@ LATEX = {
     "×": r"$\times$",
     "−": "$-$",
     "—": "---",
+    "|": r"\textbar{}",
+    "→": r"$\rightarrow$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
@@ -52,10 +57,15 @@ def latex(table: Table) -> str:
     """A LaTeX table; needs the package booktabs."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(table.title)}}}"]
     lines.append(rf"\begin{{tabular}}{{{'l' * table.labels}{'r' * (len(table.head) - table.labels)}}}")
-    lines += [r"\toprule", " & ".join(map(_latex_text, table.head)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_latex_cell, row)) + r" \\" for row in table.rows]
+    lines += [r"\toprule", _guarded(" & ".join(map(_latex_text, table.head))) + r" \\", r"\midrule"]
+    lines += [_guarded(" & ".join(map(_latex_cell, row))) + r" \\" for row in table.rows]
     lines += [r"\bottomrule", r"\end{tabular}", *(rf"\par\small {_latex_text(note)}" for note in table.notes), r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _guarded(line: str) -> str:
+    """A bracket or star that begins a line would be read as an argument of the command that ends the line before."""
+    return f"{{}}{line}" if line.startswith(("[", "*")) else line
 
 
 def _latex_text(text: str) -> str:

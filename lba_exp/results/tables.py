@@ -134,9 +134,9 @@ def pivot(runs: Sequence[Run], options: TableOptions) -> Grid:
     """
     check_keys(options.rows, runs, "--rows")
     check_keys(options.cols, runs, "--cols")
-    both = {ALIASES.get(k, k) for k in options.rows} & {ALIASES.get(k, k) for k in options.cols}
+    both = [k for k in options.rows if ALIASES.get(k, k) in {ALIASES.get(k, k) for k in options.cols}]
     if both:
-        raise UserError(f"--rows and --cols both name {both.pop()}: a key makes rows or columns.")
+        raise UserError(f"--rows and --cols both name {both[0]}: a key makes rows or columns.")
     metrics = tuple(dict.fromkeys(metric_name(metric, runs) for metric in options.metrics))
     options = TableOptions(**{**options.__dict__, "metrics": metrics})
     grouped: dict[tuple[Labels, Labels], list[Run]] = {}

@@ -22,9 +22,10 @@ from lba_exp.errors import ConfigError, RunFolderError
 from lba_exp.messages import unknown
 from lba_exp.results import folder as folders
 from lba_exp.results import naming
+from lba_exp.results.collect import SWEEP
 from lba_exp.sweeping.expand import Draft, bare, expand
 
-KEPT = ".sweep"  # the sweep's own folder, beside the run folders of its group
+KEPT = SWEEP  # the sweep's own folder, beside the run folders of its group
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}  # launcher -> extra of this package
 OWN_SWEEPER, OWN_LAUNCHER = "lba", "local"
 

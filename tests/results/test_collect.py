@@ -6,7 +6,7 @@ import pytest
 
 from lba_exp.errors import UserError
 from lba_exp.results.collect import check_keys, collect, metric_name, read_run, select
-from tests.run_folders import write_run
+from tests.run_folders import config, write_run
 
 
 def test_runs_are_found_at_any_depth_and_once(tmp_path):
@@ -119,3 +119,25 @@ def test_refusals_name_what_is_valid(tmp_path):
     with pytest.raises(UserError, match="no run lies in or below"):
         collect([tmp_path / "empty"])
     assert [run.label("model") for run in select(runs, ["model=lion_d,softmax", "seed=0"])] == ["lion_d"]
+
+
+def test_jobs_of_a_sweep_without_a_folder_count_wherever_it_was_moved_to(tmp_path):
+    write_run(tmp_path / "before", seed=0)
+    group = tmp_path / "before" / "digits"
+    kept = group / ".sweep"
+    (kept / "logs").mkdir(parents=True)
+    (kept / "logs" / "b.log").write_text("Traceback")
+    jobs = {"lion_s/seed0": "done", "lion_s/seed1": "failed", "lion_s/seed2": "not started", "lion_s/seed3": "running", "lion_s/x": "done"}
+    told = [{"label": label, "status": status} for label, status in jobs.items()]
+    told[1] |= {"error": "OSError: no file", "log": str(kept / "logs" / "b.log")}
+    (kept / "summary.json").write_text(json.dumps({"jobs": told}))
+    (kept / "configs.json").write_text(json.dumps({f"lion_s/seed{i}": config(seed=i) for i in range(4)}))
+    (tmp_path / "before").rename(tmp_path / "after")
+    runs = collect([tmp_path, tmp_path / "after"])[0]
+    statuses = [(run.label("seed"), run.status) for run in runs]
+    assert statuses == [("0", "finished"), ("1", "failed"), ("2", "missing"), ("3", "missing")]
+    assert runs[1].error == "OSError: no file" and runs[1].log == tmp_path / "after/digits/.sweep/logs/b.log"
+    assert runs[2].label("optim.lr") == "0.002" and runs[2].label("model") == "lion_s" and runs[2].log is None
+    for content in ("[", "[]", '{"jobs": [1]}', '{"jobs": [{"label": 3, "status": 4}]}'):
+        (tmp_path / "after/digits/.sweep/summary.json").write_text(content)
+        assert len(collect([tmp_path])[0]) == 1

@@ -1,5 +1,6 @@
 """The page: complete, self-contained, escaped, readable without its pictures."""
 
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +14,10 @@ from lba_exp.results.report import charts
 from lba_exp.results.report.page import report_page
 from lba_exp.results.report.svg import Axis, Chart, Series
 from lba_exp.results.tables import TableOptions
-from tests.run_folders import write_run
+from tests.run_folders import config, write_run
 
 EVIL = '"><script>alert(1)</script>&<b>'
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"wbr", "meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
@@ -104,6 +105,23 @@ def test_a_complete_page(root, tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_a_job_without_a_folder_is_told_with_its_log_and_not_linked(tmp_path):
+    write_run(tmp_path / "runs", seed=0)
+    kept = tmp_path / "runs" / "digits" / ".sweep"
+    (kept / "logs").mkdir(parents=True)
+    (kept / "logs" / "b.log").write_text("Traceback")
+    jobs = [{"label": f"lion_s/seed{i}", "status": "failed" if i == 1 else "not started", "error": "OSError: it broke"} for i in (1, 2)]
+    jobs[0]["log"] = "/elsewhere/b.log"
+    (kept / "summary.json").write_text(json.dumps({"jobs": jobs}))
+    configs = {f"lion_s/seed{i}": config(seed=i, origin__overrides=["optim.lr=0.1", "<b>"]) for i in (1, 2)}
+    (kept / "configs.json").write_text(json.dumps(configs))
+    _, page = page_of(tmp_path / "runs", tmp_path / "report.html")
+    said = " ".join(page.text)
+    assert "1 finished, 1 failed, 1 missing" in said and "seed 1: OSError: it broke" in said and "seed 2" not in said
+    targets = [tmp_path / unquote(link) for link in page.links]
+    assert kept / "logs" / "b.log" in targets and all(target.exists() for target in targets)
+
+
 def test_every_text_is_escaped(tmp_path):
     folder = write_run(
         tmp_path / "r&ns", "lion_s", 0, record__variant=EVIL, record__name=EVIL, record__data=EVIL, record__decays=decays(-1.0, -0.5)
@@ -124,7 +142,7 @@ def test_a_page_of_runs_without_measurements(tmp_path):
     said = " ".join(page.text)
     for sentence in (
         "No run has written a metrics.csv",
-        "No finished run has both",
+        "No run has both",
         "No run has measured it",
         "No run has decays on record",
     ):
@@ -170,6 +188,28 @@ def test_a_curve_is_mean_and_deviation(tmp_path):
     assert found.band[0] == pytest.approx((10, 2.0 - 0.2 / math.sqrt(2), 2.0 + 0.2 / math.sqrt(2)))
 
 
+def test_accuracy_over_the_time_trained_so_far(tmp_path):
+    for seed, pace in ((0, 1.0), (1, 3.0)):
+        folder = write_run(tmp_path, seed=seed)
+        lines = [f"{step},{pace * step},{step / 100 + seed / 10}" for step in (10, 20)]
+        (folder / "metrics.csv").write_text("\n".join(["step,efficiency/train_seconds,val/accuracy", *lines, "30,,0.9"]) + "\n")
+    runs = collect([tmp_path])[0]
+    rows = {run.place: charts.rows_of(run) for run in runs}
+    figure = charts.curves_against_time({"lion_s": runs}, rows, "test/accuracy")
+    assert "lion_s 25% after 40.0 s" in figure.svg and "15% at 20" in figure.svg, "means over runs of time and of accuracy"
+    assert "band" in figure.svg
+    assert charts.curves_against_time({"lion_s": runs}, rows, "parameters") is None
+    assert charts.curves_against_time({"lion_s": runs}, rows, "test/loss") is None
+
+
+def test_a_decay_that_is_the_same_for_every_token_is_a_point(tmp_path):
+    for recorded, boxes in ((decays(-0.5, -0.5), 0), (decays(-0.5, -0.4), 4)):
+        runs = collect([write_run(tmp_path / str(boxes), record__decays=recorded)])[0]
+        (figure,) = charts.decay_figures("lion_d", 0, runs)
+        assert figure.svg.count('class="box"') == boxes and figure.svg.count('class="dot') == 4 - boxes
+        assert ("the same for every token" in figure.caption) == (not boxes)
+
+
 def test_axes():
     axis = Axis("x", low=0, high=10)
     assert axis.ticks() == [0, 2, 4, 6, 8, 10] and axis.share(5) == 0.5 and axis.share(20) == 1.0
@@ -201,4 +241,4 @@ def test_a_page_of_a_real_run(small, tmp_path):
     _, page = page_of(tmp_path / "runs", tmp_path / "report.html")
     said = " ".join(page.text)
     assert f"{100 * record['metrics']['test']['accuracy']:.2f}" in said
-    assert len(page.named("figure")) == 4 + 1 + 1 + 1
+    assert len(page.named("figure")) == 4 + 2 + 1 + 1

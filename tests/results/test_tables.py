@@ -2,6 +2,8 @@
 
 import csv
 import io
+import shutil
+import subprocess
 
 import pytest
 
@@ -184,7 +186,7 @@ def test_markdown_and_latex_escape_and_mark():
     assert len({len(line) for line in lines[2:6]}) == 1
     text = latex(table)
     assert r"\textbf{1 $\pm$ 0} (n = 2) \\" in text and r"c\_d\&\% & \underline{2} \\" in text and r"\caption{x\_1}" in text
-    assert r"a|b\textless{}i\textgreater{}" in text and text.count("{") == text.count("}")
+    assert r"a\textbar{}b\textless{}i\textgreater{}" in text and text.count("{") == text.count("}")
 
 
 def test_csv_holds_full_numbers(tmp_path):
@@ -209,3 +211,32 @@ def test_difference_of_two_runs(tmp_path):
     assert difference_table(first, first).notes == ["The two configurations are the same."]
     with pytest.raises(UserError, match="is no run folder"):
         difference_table(first, tmp_path)
+
+
+def test_where_the_best_checkpoint_was_is_no_merit(tmp_path):
+    for i, model in enumerate(("a", "b")):
+        write_run(tmp_path, model, 0, 0.5 + i / 10, record__best={"step": 10 * (i + 1)}, record__parameters=10 * (i + 1))
+    marks = {m: [c[1] for c in shown(table_of(tmp_path, metrics=(m,))).values()] for m in ("best/step", "parameters", "test/accuracy")}
+    assert marks == {"best/step": [None, None], "parameters": [BEST, SECOND], "test/accuracy": [SECOND, BEST]}
+    assert [c[1] for c in shown(table_of(tmp_path, metrics=("best/step",), better="lower")).values()] == [BEST, SECOND], "unless asked for"
+
+
+EVIL = r"""[0.9, 0.999] * # $ % & _ { } ~ ^ \ < > | " ' ` ± × − — λ ω ü →"""
+
+
+def test_a_line_of_latex_never_begins_with_an_argument():
+    rows = [[Text("[0.9, 0.999]"), Text("1", BEST)], [Text("*x"), Text("—")], [Text(EVIL), Text("90 ± 1", SECOND, "(n = 1)")]]
+    text = latex(Table(EVIL, ["[optim.betas]", "a|b"], rows, 1, [EVIL]))
+    body = text[text.index("\\toprule") : text.index("\\bottomrule")].splitlines()
+    assert not [line for line in body if line.startswith(("[", "*"))] and "{}[0.9, 0.999] & \\textbf{1}" in text
+    assert "$\\lambda$ $\\omega$" in text and "\\textbar{}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex, with booktabs")
+def test_latex_compiles(tmp_path):
+    table = Table(EVIL, [EVIL, EVIL], [[Text(EVIL), Text(EVIL, BEST)], [Text("[x"), Text(EVIL, SECOND, EVIL)]], 1, [EVIL])
+    start = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
+    (tmp_path / "all.tex").write_text(f"{start}{latex(table)}\\end{{document}}\n")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")

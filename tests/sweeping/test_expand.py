@@ -72,6 +72,12 @@ SWEEPS = {
     "sweep: {variants: {a: [modle=lion_s]}}": ("modle", "did you mean model?"),
     "sweep: {variants: {a: [], b: []}}": ("same run",),
     "sweep: {grid: {root: [a, b]}}": ("root cannot be varied",),
+    "sweep: {grid: [seed, model]}": ("sweep.grid in sweeps/mine.yaml holds a list", "give a group of keys", "every combination"),
+    "sweep: [1]": ("sweep in sweeps/mine.yaml holds a list", "give a group of keys"),
+    "sweep: {zip: {seed: [0, 1]}}": ("sweep.zip in sweeps/mine.yaml holds keys", "give a list", "walked together"),
+    "sweep: {variants: [{a: [seed=1]}]}": ("sweep.variants in sweeps/mine.yaml holds a list", "give a group of keys"),
+    "sweep: {grid: {seed: [0, 1]}, exclude: {seed: 1}}": ("sweep.exclude in sweeps/mine.yaml holds keys", "give a list"),
+    "model: {mixer: [1]}": ("model.mixer in sweeps/mine.yaml holds a list", "give a group of keys"),
     "hydra: {sweeper: {params: {seed: '1,2'}}}": ("hydra.sweeper.params is not used", "sweep: {grid: {seed: [1,2]}}"),
 }
 

@@ -81,6 +81,12 @@ def test_a_failed_job_stops_no_other_and_is_run_again_alone(tmp_path, uninterrup
     told = summary(tmp_path)
     assert told["counts"]["failed"] == 1
     assert [job["row"] for job in told["jobs"] if job["status"] == "failed"] == ["fragile"]
+    # it left no run folder, and is no blank for tables
+    failed = [run for run in collect([tmp_path / "runs"])[0] if run.status != "finished"]
+    assert [(run.status, run.label("row"), run.label("model.mixer.gate"), run.label("seed")) for run in failed] == [
+        ("failed", "fragile", "fragile", "1")
+    ]
+    assert failed[0].error == "RuntimeError: the cause is there" and failed[0].log.resolve() == (tmp_path / log).resolve()
 
     before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").glob("*/seed*/result.json")}
     (tmp_path / "cause").unlink()
@@ -104,6 +110,8 @@ def test_a_killed_sweep_started_again_ends_as_an_uninterrupted_one(tmp_path, uni
     time.sleep(0.3)  # somewhere in the next job
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    there = [run.status for run in collect([tmp_path / "runs"])[0]]
+    assert len(there) == 6 and "missing" in there, "what has not begun is told"
     code, screen = forked.sweep(tmp_path, arguments)
     assert code == 0, screen
     assert table(tmp_path) == table(uninterrupted)

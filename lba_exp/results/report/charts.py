@@ -131,10 +131,7 @@ def against_time(groups: Groups, metric: str) -> Figure | None:
     look = style(metric, values)
     y = Axis(metric.replace("/", " ").replace("_", " "), write=_share if is_share(metric) else look.text)
     y.fit(values)
-    unit, length = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if max(times) >= 2 * s or s == 1)
-    x = Axis(f"training time in {unit}, validation left out", log=max(times) > 20 * min(times))
-    x.low = None if x.log else 0.0
-    x.fit([time / length for time in times])
+    x, length = _time_axis(times)
     means = {label: tuple(statistics.fmean(p[i] for p in pairs) for i in (1, 2)) for label, pairs in found.items() if pairs}
     told = "; ".join(f"{label} {y.write(v)} after {seconds(t)}" for label, (t, v) in means.items())
     name = y.label.capitalize()
@@ -147,6 +144,44 @@ def against_time(groups: Groups, metric: str) -> Figure | None:
         if label in means:
             time, value = means[label]
             chart.marker(time / length, value, i, f"{label}, mean: {y.write(value)} after {seconds(time)}", 5)
+    return Figure(chart.done(), caption)
+
+
+def _time_axis(times: Sequence[float]) -> tuple[Axis, float]:
+    """An axis of training time in a unit that fits, and the unit's length in seconds."""
+    unit, length = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if max(times) >= 2 * s or s == 1)
+    x = Axis(f"training time in {unit}, validation left out", log=max(times) > 20 * min(times))
+    x.low = None if x.log else 0.0
+    x.fit([time / length for time in times])
+    return x, length
+
+
+def curves_against_time(groups: Groups, rows: Mapping[str, list[dict]], metric: str) -> Figure | None:
+    """What ``metric`` is on the validation split, over the time trained so far: means of both over a row's runs, step by step."""
+    split, _, name = metric.partition("/")
+    column = f"val/{name}"
+    series = []
+    for i, (label, runs) in enumerate(groups.items() if split in ("test", "validation") else ()):
+        timed = {run.place: [row for row in rows[run.place] if row.get(TIME, 0.0) > 0] for run in runs}
+        values, times = (_curve(label, i, runs, timed, key) for key in (column, TIME))
+        at = dict(times.points)
+        band = [(at[step], low, high) for step, low, high in values.band if step in at]
+        series.append(Series(label, [(at[step], value) for step, value in values.points if step in at], band, i))
+    series = [one for one in series if one.points]
+    if not series:
+        return None
+    x, length = _time_axis([time for one in series for time, _ in one.points])
+    shown = [v for one in series for _, v in one.points] + [v for one in series for _, *ends in one.band for v in ends]
+    y = Axis(f"validation {name}".replace("_", " "), write=_share if is_share(metric) else style(metric, shown).text)
+    y.fit(shown)
+    if is_share(metric):
+        y.low, y.high = max(0.0, y.low), min(1.0, y.high)
+    caption = f"{y.label.capitalize()} against training time, after each validation."
+    told = "; ".join(f"{s.name} {y.write(s.points[-1][1])} after {seconds(s.points[-1][0])}" for s in series)
+    chart = Chart(f"{y.label.capitalize()} against training time", f"{caption} {told}.", x, y)
+    for one in series:
+        scaled = [(time / length, value) for time, value in one.points]
+        chart.line(replace(one, points=scaled, band=[(time / length, *ends) for time, *ends in one.band]))
     return Figure(chart.done(), caption)
 
 
@@ -242,7 +277,11 @@ def _decays(label: str, index: int, direction: str, boxes: Sequence[tuple[Run, l
     medians = [statistics.fmean(found[i][h][2] for _, found in boxes if i < len(found) and h < len(found[i])) for i, h in _slots(heads)]
     told = "; ".join(f"layer {i + 1} head {h + 1}: {y.write(m)}" for (i, h), m in zip(_slots(heads), medians, strict=True))
     what = f"{label}{', ' + direction + ' decays' if direction else ''}"
-    caption = f"{what}: 5% to 95% (line), 25% to 75% (box) and median over the tokens of a test batch; one box for each run."
+    fixed = all(math.isclose(head[0], head[-1], rel_tol=1e-6) for _, found in boxes for layer in found for head in layer)
+    if fixed:  # no box to be drawn
+        caption = f"{what}: the same for every token; one point for each run."
+    else:
+        caption = f"{what}: 5% to 95% (line), 25% to 75% (box) and median over the tokens of a test batch; one box for each run."
     chart = Chart(f"Memory length of {what}", f"{caption} Mean of the medians: {told}.", x, y, width, ticks)
     for i, start in enumerate(starts):
         if heads[i]:
@@ -252,7 +291,10 @@ def _decays(label: str, index: int, direction: str, boxes: Sequence[tuple[Run, l
             for h, quantiles in enumerate(layer):
                 place = starts[i] + h + 0.5 + (r - (len(boxes) - 1) / 2) * 0.75 / len(boxes)
                 hint = f"{label}, seed {run.label('seed')}, layer {i + 1}, head {h + 1}: median {y.write(quantiles[2])} tokens"
-                chart.box(place, quantiles, index, f"{hint}, 5% {y.write(quantiles[0])}, 95% {y.write(quantiles[4])}", thick)
+                if fixed:
+                    chart.marker(place, quantiles[2], index, hint, 4)
+                else:
+                    chart.box(place, quantiles, index, f"{hint}, 5% {y.write(quantiles[0])}, 95% {y.write(quantiles[4])}", thick)
     return Figure(chart.done(), caption, wide=width > WIDTH)
 
 

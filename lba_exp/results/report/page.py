@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lba_exp.results import screen
-from lba_exp.results.collect import FINISHED, STATUSES, Run
+from lba_exp.results.collect import FINISHED, MISSING, STATUSES, Run
 from lba_exp.results.layout import Table, lay_out
 from lba_exp.results.report import charts
 from lba_exp.results.report.svg import swatch
@@ -82,21 +82,29 @@ def _costs(grid: Grid, col: Labels) -> list[Table]:
 
 def _run_line(run: Run, metric: str, output: Path) -> dict[str, Any]:
     folder = Path(run.place)
-    relative = quote(Path(os.path.relpath(folder.resolve(), output.parent.resolve())).as_posix())
+    relative = _link(folder, output)
+    links = [(f"{relative}/{file}", name) for file, name in FILES.items() if (folder / file).is_file()]
+    if run.log is not None:
+        links.append((_link(run.log, output), "log"))
     value, cost = run.numbers.get(metric), run.numbers.get("efficiency/train_seconds")
     parity = run.flat.get("parity.verdict")
     return {
         "labels": [run.label(key) for key in ("name", "model", "data", "seed")],
+        "name": Markup(escape(run.label("name")).replace(",", Markup(",<wbr>"))),  # a long name breaks between its overrides
         "status": run.status,
-        "error": run.error,
+        "error": run.error if run.status != MISSING else None,  # the status says it all
         "value": "" if value is None else screen.percent(value) if metric.endswith("accuracy") else f"{value:.4g}",
         "step": "" if run.numbers.get("best/step") is None else f"{run.numbers['best/step']:,}",
         "time": screen.seconds(cost) or "",
         "parity": parity if isinstance(parity, str) else "",
-        "folder": f"{relative}/",
+        "folder": f"{relative}/" if folder.is_dir() else "",
         "shown": str(folder),
-        "links": [(f"{relative}/{file}", name) for file, name in FILES.items() if (folder / file).is_file()],
+        "links": links,
     }
+
+
+def _link(path: Path, output: Path) -> str:
+    return quote(Path(os.path.relpath(path.resolve(), output.parent.resolve())).as_posix())
 
 
 def _parts(grid: Grid) -> list[dict[str, Any]]:
@@ -105,7 +113,8 @@ def _parts(grid: Grid) -> list[dict[str, Any]]:
     for col in grid.cols:
         groups = {", ".join(row): grid.cells[row, col, grid.options.metrics[0]].runs for row in grid.rows}
         rows = {run.place: charts.rows_of(run) for runs in groups.values() for run in runs}
-        time = charts.against_time(groups, grid.options.metrics[0])
+        metric = grid.options.metrics[0]
+        time = [charts.curves_against_time(groups, rows, metric), charts.against_time(groups, metric)]
         parity = [f for label, runs in groups.items() if (f := charts.parity_over_training(label, runs, rows)) is not None]
         decays = [f for i, (label, runs) in enumerate(groups.items()) for f in charts.decay_figures(label, i, runs)]
         forms = sorted({form for figure in parity for form in figure.forms}, key=charts.form_index)
@@ -114,7 +123,7 @@ def _parts(grid: Grid) -> list[dict[str, Any]]:
                 "rows": [{"swatch": Markup(swatch(i)), "name": label} for i, (label, runs) in enumerate(groups.items()) if runs],
                 "name": ", ".join(col),
                 "curves": _drawn(charts.learning_curves(groups, rows)),
-                "time": _drawn([time] if time is not None else []),
+                "time": _drawn([figure for figure in time if figure is not None]),
                 "parity": _drawn(parity),
                 "decays": _drawn(decays),
                 "forms": [{"swatch": Markup(swatch(charts.form_index(form))), "name": form} for form in forms],
