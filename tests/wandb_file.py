@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,22 @@ from wandb.proto import wandb_internal_pb2 as protocol
 
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 FULL, LAST = 1, 4
+WAIT = 20.0  # seconds
 
 
-def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a .wandb file in order."""
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
+def records(path: Path) -> list[Any]:
+    """The protobuf records of a .wandb file in order. W&B's own process may still be writing its end: the run's exit is waited for."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        found = list(_complete(path.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def _complete(data: bytes) -> Iterator[Any]:
+    """The records that are there from start to end."""
+    assert data[:4] in (b":W&B", b"")
     place, parts = FILE_HEADER, b""
     while place + HEADER <= len(data):
         left = BLOCK - place % BLOCK
@@ -23,6 +34,8 @@ def records(path: Path) -> Iterator[Any]:
             place += left
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + HEADER])
+        if place + HEADER + length > len(data):
+            return
         parts += data[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (FULL, LAST):
