@@ -1,6 +1,7 @@
 """What goes wrong while a run runs: one sentence, nothing lost."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lba_exp
+from lba_exp.callbacks import checkpoints
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint
 from lba_exp.errors import ConfigError, RunFolderError, TrainingError, UserError
 from lba_exp.tasks.classification import Classification
@@ -105,6 +107,21 @@ def test_a_folder_that_may_not_be_written_any_more_is_one_sentence(small, monkey
         planted.setattr(os, "replace", refuses)
         lba_exp.train(lba_exp.compose([*small, "folder=run"]), quiet=True)
     assert lba_exp.train(lba_exp.compose([*small, "folder=run"]), quiet=True)["status"] == "finished"
+
+
+def test_ctrl_c_in_the_midst_of_a_checkpoint_is_an_interruption(tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    path, numbers = tmp_path / "last.ckpt", {"before": torch.ones(100_000)}
+    AtomicCheckpointIO().save_checkpoint(numbers, path)
+    monkeypatch.setattr(checkpoints, "open", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"after": torch.ones(100_000)}, path)
+    assert list(torch.load(path)) == ["before"]
 
 
 def test_no_pickle_of_a_stranger_is_run(small, tmp_path):
