@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from lba_exp import build
@@ -13,45 +14,15 @@ from lba_exp.composing import compose, options
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import ConfigError
 from lba_exp.nn.decay_groups import weight_decay_groups
+from lba_exp.sweeping import plan as planning
 
 TINY = ["model.width=8", "model.depth=2", "model.heads=2", "model.dropout=0", "model.mixer.chunk_size=5"]
 LENGTH, CLASSES = 12, 3
 SPEC = DataSpec("grid", LENGTH, CLASSES, ["a", "b", "c"], 1, None, {"train": 4}, "0", grid=(3, 4))
 LINEAR = sorted(name for name in options("model") if not name.startswith("softmax"))
 
-# rows of the paper's ablations (arXiv 2502.16249): preset that the row varies, and its overrides
-ABLATIONS = {
-    "LRA full": ("lion_s_hippo", []),
-    "LRA [1] sigmoid map, unscaled": ("lion_s_hippo", ["model.mixer.feature_map=sigmoid", "model.mixer.scale=none"]),
-    "LRA [2] ReLU": ("lion_s_hippo", ["model.mixer.feature_map=relu"]),
-    "LRA [3] scalar decay": ("lion_s_hippo", ["model.mixer.gate=selective", "model.mixer.gate_init=timescales"]),
-    "LRA [4] unscaled": ("lion_s_hippo", ["model.mixer.scale=none"]),
-    "LRA [5] scale before the mask": ("lion_s_hippo", ["model.mixer.scale=before"]),
-    "LRA [6] not selective": ("lion_s_hippo", ["model.mixer.gate=fixed_vector"]),
-    "LRA [7] softplus gate": ("lion_s_hippo", ["model.mixer.gate=softplus_vector"]),
-    "LRA without HiPPO": ("lion_s_hippo", ["model.mixer.gate_init=random"]),
-    "LRA without HiPPO, D": ("lion_d_hippo", ["model.mixer.gate_init=random"]),
-    "decay: fixed": ("lion_s", ["model.mixer.gate=fixed"]),
-    "decay: selective vector": ("lion_s", ["model.mixer.gate=selective_vector"]),
-    "decay: selective scalar": ("lion_s", []),
-    "parts: softmax, positions": ("softmax", []),
-    "parts: softmax, positions, map": ("softmax", ["model.mixer.feature_map=silu_normalised"]),
-    "parts: softmax": ("softmax", ["model.positional_embedding=false"]),
-    "parts: softmax, map": ("softmax_nopos", ["model.mixer.feature_map=silu_normalised"]),
-    "parts: map, positions": ("lion_lit", []),
-    "parts: positions": ("lion_lit", ["model.mixer.feature_map=identity"]),
-    "parts: map": ("lion_lit", ["model.positional_embedding=false"]),
-    "parts: none": ("lion_lit", ["model.positional_embedding=false", "model.mixer.feature_map=identity"]),
-    "parts: map, mask": ("lion_s", ["model.positional_embedding=false"]),
-    "direction: forward": ("lion_s", ["model.mixer.direction=forward"]),
-    "direction: backward": ("lion_s", ["model.mixer.direction=backward"]),
-    "direction: alternating": ("lion_s", ["model.mixer.direction=alternating"]),
-    "multi-scan": ("lion_s", ["model.mixer.scan=multi"]),
-    "multi-scan, forward": ("lion_s_multiscan", ["model.mixer.direction=forward"]),
-    "multi-scan, backward": ("lion_s_multiscan", ["model.mixer.direction=backward"]),
-    "diagonal twice": ("lion_s", ["model.mixer.diagonal=twice"]),
-    "masked LM without positions": ("lion_s_mlm", ["model.positional_embedding=false"]),
-}
+# rows of the paper's ablations: overrides, the first of which is the preset that the row varies
+ABLATIONS = yaml.safe_load(options("sweeps")["paper_ablations"].read_text())["sweep"]["variants"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,8 +85,11 @@ def test_the_forms_of_every_preset_agree(preset):
 
 
 @pytest.mark.parametrize("row", ABLATIONS)
-def test_every_ablation_is_a_few_overrides_away_takes_a_step_and_differs(row):
-    preset, overrides = ABLATIONS[row]
+def test_every_ablation_is_one_override_away_takes_a_step_and_differs(row):
+    (job,) = planning.plan(["sweeps=paper_ablations", f"sweep.only=[{row}]"]).jobs
+    preset, *overrides = ABLATIONS[row]
+    preset = preset.removeprefix("model=")
+    assert job.cfg.model == compose([f"model={preset}", *overrides]).model
     model, (inputs, _) = make(preset, overrides), batch()
     if overrides:
         assert not torch.allclose(model.eval()(inputs), make(preset).eval()(inputs), rtol=1e-3)
