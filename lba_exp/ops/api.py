@@ -11,6 +11,7 @@ from lba_exp.ops.inside import is_vector
 from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
 from lba_exp.ops.recurrent import recurrent
+from lba_exp.ops.sequence_parallel import check_group, from_other_ranks
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
 MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
@@ -85,6 +86,7 @@ def run_form(
     form: str,
     chunk_size: int,
     with_den: bool,
+    sequence_group: "torch.distributed.ProcessGroup | None",
 ) -> tuple[Tensor, Tensor | None]:
     """Check the arguments, bring them to one shape and dtype, and run the form: (num, den or None), float32 for half-precision inputs."""
     checks.check_tensors(q, k, v)
@@ -97,6 +99,8 @@ def run_form(
     checks.choice("form", form, FORMS)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    if sequence_group is not None:
+        check_group(sequence_group)
     directions = DIRECTIONS[direction]
     # a direction that is left out has no decay, in any form
     forward = to_steps(forward_log_decay) if "forward" in directions else None
@@ -108,7 +112,7 @@ def run_form(
     with no_autocast(q.device):
         if padding_mask is not None:
             q, k, v = hide_padding(q, k, v, padding_mask)
-        return _IMPLEMENTATIONS[form](
+        num, den = _IMPLEMENTATIONS[form](
             q,
             k,
             v,
@@ -119,6 +123,10 @@ def run_form(
             with_den=with_den,
             chunk_size=chunk_size,
         )
+        if sequence_group is not None:
+            more, more_den = from_other_ranks(q, k, v, forward, backward, directions=directions, with_den=with_den, group=sequence_group)
+            num, den = num + more, den + more_den if with_den else None
+        return num, den
 
 
 def bidirectional_linear_attention(
@@ -135,6 +143,7 @@ def bidirectional_linear_attention(
     form: str = "auto",
     chunk_size: int = 64,
     eps: float = 1e-6,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Bidirectional linear attention, Y = Scale(Q K^T (.) M) V (arXiv 2502.16249; Scale divides each row by its sum).
 
@@ -157,6 +166,10 @@ def bidirectional_linear_attention(
         count, so padding at either end equals cutting it off.
     form: "parallel", "recurrent", "chunkwise", "blockwise", "fused" or "auto" (``choose_form`` tells which); all give the same results.
     chunk_size: tokens a chunk in the chunkwise, blockwise and fused forms; not a part of the result.
+    sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
+        own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
+        direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
+        gradient is this rank's share, to be summed. ``neighbour_gates`` gives the gates across the borders.
 
     Returns ``(B, L, H, Dv)`` in the dtype of v. Raises ValueError, naming the argument, for shapes, dtypes, devices and names that do not
     fit, and in eager mode on CPU for positive log decays (no check under ``torch.compile`` or on CUDA, where it would cost a pause).
@@ -176,6 +189,7 @@ def bidirectional_linear_attention(
         form=form,
         chunk_size=chunk_size,
         with_den=scaled,
+        sequence_group=sequence_group,
     )
     if den is None:
         return num.to(v.dtype)
@@ -198,6 +212,7 @@ def bidirectional_linear_attention_parts(
     padding_mask: Tensor | None = None,
     form: str = "auto",
     chunk_size: int = 64,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` of ``bidirectional_linear_attention``, apart and without eps.
 
@@ -216,6 +231,7 @@ def bidirectional_linear_attention_parts(
         form=form,
         chunk_size=chunk_size,
         with_den=True,
+        sequence_group=sequence_group,
     )
 
 

@@ -88,7 +88,7 @@ def plain_recurrence(q, k, v, f, b):
 def test_error_at_65536(form, level):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(1, 65536, 1, 8, generator=generator) for _ in range(3))
-    gate = torch.full((1, 65536, 1), level) if level != "selective" else -torch.rand(1, 65536, 1, generator=generator) ** 4
+    gate = torch.full((1, 65536, 1), level) if level != "selective" else -(torch.rand(1, 65536, 1, generator=generator) ** 4)
     f, b = step_log_decays(gate)
     y = bidirectional_linear_attention(q, k, v, f, b, form=form)
     exact = plain_recurrence(*(x[0, :, 0].double() for x in (q, k, v)), f[0, :, 0].double().exp(), b[0, :, 0].double().exp())
