@@ -9,7 +9,6 @@ from lba_exp.ops.api import (
     estimate_bytes,
 )
 from lba_exp.ops.decays import CONVENTIONS, step_log_decays
-from lba_exp.ops.sequence_parallel import neighbour_gates
 from lba_exp.ops.streaming import start_state, stream
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "bidirectional_linear_attention_parts",
     "choose_form",
     "estimate_bytes",
-    "neighbour_gates",
     "start_state",
     "step_log_decays",
     "stream",

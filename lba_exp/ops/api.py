@@ -10,8 +10,9 @@ from lba_exp.ops.decays import to_steps
 from lba_exp.ops.inside import is_vector
 from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
+from lba_exp.ops.ranks import check_group
 from lba_exp.ops.recurrent import recurrent
-from lba_exp.ops.sequence_parallel import check_group, from_other_ranks
+from lba_exp.ops.sequence_parallel import from_other_ranks
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
 MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
@@ -169,7 +170,7 @@ def bidirectional_linear_attention(
     sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
         own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
         direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
-        gradient is this rank's share, to be summed. ``neighbour_gates`` gives the gates across the borders.
+        gradient is this rank's share, to be summed. ``step_log_decays`` takes the same group.
 
     Returns ``(B, L, H, Dv)`` in the dtype of v. Raises ValueError, naming the argument, for shapes, dtypes, devices and names that do not
     fit, and in eager mode on CPU for positive log decays (no check under ``torch.compile`` or on CUDA, where it would cost a pause).

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lba_exp.ops.checks import check_log_decay, choice
+from lba_exp.ops.ranks import check_group, gather
 
 CONVENTIONS = ("key", "query", "symmetric")
 LOWEST = -1e4  # exp of it is 0 in every dtype; keeps sums finite for -inf and adds no rounding to float64 sums
@@ -16,7 +17,12 @@ GRID = 2.0**20  # sums of multiples of 1 / GRID are exact in float64 up to 2**33
 
 
 def step_log_decays(
-    log_gate: Tensor | None, convention: str = "key", *, before: Tensor | None = None, after: Tensor | None = None
+    log_gate: Tensor | None,
+    convention: str = "key",
+    *,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The forward and backward decay of each step, from one gate per token (arXiv 2502.16249, the mask of its bidirectional form).
 
@@ -28,6 +34,8 @@ def step_log_decays(
         ``(B, L, H)`` or ``(B, L, H, Dk)``, float32 or float64, values <= 0.
     before, after: for one block of a longer sequence, the gate of the token before and after it, ``(B, H)`` or ``(B, H, Dk)``. A decay
         at an edge where none is given never enters a result and is 0.
+    sequence_group: in their place, the ranks that hold consecutive blocks of the sequence, in the order of the ranks: each gets its
+        neighbours' gates. Every rank calls, and takes part in the backward pass of either result.
 
     Returns ``(forward_log_decay, backward_log_decay)``, each of the shape of ``log_gate``. Raises ValueError for another shape, dtype or
     convention, and for positive values (checked in eager mode on CPU).
@@ -42,6 +50,10 @@ def step_log_decays(
         if before is not None or after is not None:
             raise ValueError("before and after: expected None for a fixed log_gate, which is the same in every step")
         return log_gate, log_gate
+    if sequence_group is not None:
+        if before is not None or after is not None:
+            raise ValueError("before and after: expected None beside sequence_group, which tells them")
+        return _across_ranks(log_gate, convention, sequence_group)
     edge = torch.zeros_like(log_gate[:, :1])
     shape = tuple(edge[:, 0].shape)
     for name, gate in (("before", before), ("after", after)):
@@ -58,6 +70,17 @@ def step_log_decays(
     if convention == "query":
         return own_forward, own_backward
     return own_forward, following
+
+
+def _across_ranks(log_gate: Tensor, convention: str, group: "torch.distributed.ProcessGroup") -> tuple[Tensor, Tensor]:
+    check_group(group)
+    edges = gather(torch.stack([log_gate[:, 0], log_gate[:, -1]]), group)
+    rank, last = group.rank(), group.size() - 1
+    before = None if rank == 0 else edges[rank - 1, 1]
+    after = None if rank == last else edges[rank + 1, 0]
+    forward, backward = step_log_decays(log_gate, convention, before=before, after=after)
+    none = edges[:0].sum()  # a rank may use no neighbour's gate: its backward pass comes by all the same
+    return forward + none, backward + none
 
 
 def to_steps(log_decay: Tensor | None) -> Tensor | None:

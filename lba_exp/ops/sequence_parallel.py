@@ -16,47 +16,7 @@ from torch.nn.functional import pad
 from lba_exp.ops.channels import decayed
 from lba_exp.ops.decays import LOWEST, sums_inside
 from lba_exp.ops.precision import compute_dtype
-
-
-class _Gather(torch.autograd.Function):
-    """``x`` of every rank, ``(ranks, *x.shape)``; its gradient is summed over the ranks, so each rank takes part in both passes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
-
-
-def check_group(group: dist.ProcessGroup) -> None:
-    """Raises ValueError where this process is not in the group, or there is none."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("sequence_group: torch.distributed is not initialised; call torch.distributed.init_process_group, or give None")
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise ValueError("sequence_group: expected a process group that this process is in, or None")
-
-
-def neighbour_gates(log_gate: Tensor, group: dist.ProcessGroup) -> tuple[Tensor | None, Tensor | None]:
-    """The gate of the last token of the rank before and of the first token of the rank after, None at an end of the sequence.
-
-    log_gate: this rank's ``(B, L, H)`` or ``(B, L, H, Dk)``; the ranks' L may differ. What ``step_log_decays`` takes as ``before`` and
-    ``after``. Every rank of the group calls, and takes part in the backward pass. Raises ValueError for a group without this process.
-    """
-    check_group(group)
-    edges = _Gather.apply(torch.stack([log_gate[:, 0], log_gate[:, -1]]), group)
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    # an end has no neighbour; its part of the gathered tensor is still used, or its backward pass would leave the others waiting
-    unused = edges[:0].sum()
-    before = None if rank == 0 else edges[rank - 1, 1] + unused
-    after = None if rank == ranks - 1 else edges[rank + 1, 0] + unused
-    return before, after
+from lba_exp.ops.ranks import gather
 
 
 def from_other_ranks(
@@ -89,7 +49,7 @@ def from_other_ranks(
         whole = own.new_zeros(batch, heads, 1, 1) if whole is None else whole.expand(batch, -1, -1, -1)
         reads.append(decayed(q, into))
         sent += [own, whole]
-    gathered = _Gather.apply(torch.cat([x.flatten() for x in sent]), group)
+    gathered = gather(torch.cat([x.flatten() for x in sent]), group)
     gathered = [x.view(-1, *y.shape) for x, y in zip(gathered.split([x.numel() for x in sent], dim=1), sent, strict=True)]
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     total = 0.0

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from lba_exp.ops import (
     CONVENTIONS,
     bidirectional_linear_attention,
     bidirectional_linear_attention_parts,
-    neighbour_gates,
     step_log_decays,
 )
 from tests.ops.compare import TOLERANCE, Case, error, gradients, leaves
@@ -88,9 +88,8 @@ def wrong_gates(group, cuts, convention):
     whole = step_log_decays(gate, convention)
     (expected,) = torch.autograd.grad(sum(x.square().sum() for x in whole), gate)
     mine = share(gate, rank, cuts).detach().clone().requires_grad_()
-    before, after = neighbour_gates(mine, group)
-    found = step_log_decays(mine, convention, before=before, after=after)
-    (grad,) = torch.autograd.grad(sum(x.square().sum() for x in found) + 0 * sum(x.sum() for x in (before, after) if x is not None), mine)
+    found = step_log_decays(mine, convention, sequence_group=group)
+    (grad,) = torch.autograd.grad(sum(x.square().sum() for x in found), mine)
     pairs = [*zip(found, whole, strict=True), (grad, expected)]
     return max((x - (y if y.shape == x.shape else share(y, rank, cuts))).abs().max().item() for x, y in pairs)
 
@@ -113,7 +112,7 @@ def process(rank, folder):
             found[f"{ranks} gates {convention} float64"] = wrong_gates(group, CUTS[ranks], convention)
     try:
         if rank > 1:
-            neighbour_gates(torch.zeros(1, 2, 1), groups[2])
+            step_log_decays(torch.zeros(1, 2, 1), sequence_group=groups[2])
     except (ValueError, TypeError) as refused:
         found["refused"] = str(refused)
     with open(f"{folder}/{rank}.json", "w") as file:
@@ -125,7 +124,7 @@ def process(rank, folder):
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     code = "import sys; from tests.ops.test_sequence_parallel import process; process(int(sys.argv[1]), sys.argv[2])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.abspath("."), *filter(None, sys.path)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])}
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=environment) for rank in range(4)]
     try:
         assert [process.wait(timeout=200) for process in ranks] == [0] * 4
@@ -157,3 +156,5 @@ def test_without_distributed_it_is_one_sentence():
     q = torch.rand(1, 4, 1, 2)
     with pytest.raises(ValueError, match="sequence_group: torch"):
         bidirectional_linear_attention(q, q, q, sequence_group=object())
+    with pytest.raises(ValueError, match="before and after: expected None beside sequence_group"):
+        step_log_decays(-q[..., 0], before=-q[:, 0, :, 0], sequence_group=object())
