@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lba_exp.callbacks.samples import Sample
 from lba_exp.errors import ConfigError
 from lba_exp.results import naming
+from lba_exp.results.collect import flatten
 from lba_exp.results.folder import finite
 
 # columns of the table of forms, beside the form's name
@@ -58,7 +59,7 @@ def begin(cfg: DictConfig, folder: Path) -> Any:
         raise ConfigError(f"logger: W&B does not start ({reason}): run `wandb login`, or give logger=wandb_offline or csv.") from None
     # a sweep's parameter that is called like a group (model) takes its place: its keys then stand beside it, with dots
     if hidden := {k: v for k, v in plain.items() if isinstance(v, dict) and not isinstance(run.config[k], Mapping)}:
-        run.config.update(_flat(hidden))
+        run.config.update(flatten(hidden, "."))
     return run
 
 
@@ -112,10 +113,3 @@ def _media(record: Mapping[str, Any], samples: Sequence[Sample], figure: Path) -
 def _enlarged(picture: np.ndarray) -> np.ndarray:
     times = max(1, SMALLEST // max(picture.shape[:2]))
     return picture.repeat(times, axis=0).repeat(times, axis=1)
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat

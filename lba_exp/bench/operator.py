@@ -154,11 +154,9 @@ def _measure_pass(part, contenders, prepared, budget, device, tell) -> list[Cell
         for name in contenders:
             tell(f"{where}: {name}, memory and error", 0)
             cell = cells[case, name] = _head(case, part, name)
-            needed = needed_bytes(name, case, part == "both", device)
-            if problem is None and needed > budget:
-                cell |= _empty(Problem("skipped", f"needs about {needed / 2**30:.3g} GiB"))
-                continue
-            failure = problem
+            needed, failure = needed_bytes(name, case, part == "both", device), problem
+            if failure is None and needed > budget:
+                failure = Problem("skipped", f"needs about {needed / 2**30:.3g} GiB")
             if failure is None:
                 figures, failure = attempt(partial(_memory_and_error, name, case, part, *ready, device))
             if failure is None:

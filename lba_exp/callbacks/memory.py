@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 LIVE_TENSORS = "live tensors"
 CUDA_ALLOCATOR = "cuda allocator"
+TORCHS_OWN = ("aten", "prim", "prims")  # namespaces of operations that are single kernels
 CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -74,12 +75,11 @@ class _Follower(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         self._see((args, kwargs), new=False)
-        devices = {value.device.type for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
-        if func.namespace in ("aten", "prim", "prims") or devices != {"cpu"}:
-            result = func(*args, **kwargs)
-        else:  # an operation written in Python: followed inside, where it would run unseen
-            with self:
+        if func.namespace not in TORCHS_OWN and _all_on_cpu((args, kwargs)):
+            with self:  # an operation that may be written in Python: followed inside, where it would run unseen
                 result = func.redispatch(CPU_KERNELS, *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         self._see(result, new=True)
         return result
 
@@ -93,7 +93,7 @@ class _Follower(TorchDispatchMode):
             try:
                 storage = value.untyped_storage()
                 size = storage.nbytes()
-            except (NotImplementedError, RuntimeError):  # sparse and opaque tensors
+            except RuntimeError:  # torch of sparse and opaque tensors: no storage, so no figure rather than a wrong one
                 self.complete = False
                 continue
             key = id(storage)
@@ -108,3 +108,7 @@ class _Follower(TorchDispatchMode):
 
     def _forget(self, key: int, _) -> None:
         self.live -= self._known.pop(key)[2]
+
+
+def _all_on_cpu(values) -> bool:
+    return {value.device.type for value in tree_leaves(values) if isinstance(value, torch.Tensor)} == {"cpu"}

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-IGNORED_LABEL = -100
+from lba_exp.results.compare import IGNORED_LABEL
 
 
 @dataclass

@@ -7,8 +7,6 @@ Training recomputes all of it. A gradient of a step's decay is a sum over the pa
 from terms of one chunk: pairs inside, pairs with one end inside, and pairs around it (the product of the state and its adjoint).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -51,8 +49,9 @@ def split_steps(x: Tensor | None, start: int, stop: int, chunk: int, length: int
 class Chunks:
     """Where the chunks of a sequence lie, and the slices of them that eager mode works on one after the other."""
 
-    def __init__(self, q: Tensor, chunk: int, vector: bool):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chunk: int, vector: bool):
         batch, self.length, heads, _ = q.shape
+        self.dtype = compute_dtype(q, k, v)
         self.size = chunk if chunk < self.length else self.length
         if vector:
             self.size = 2 ** (self.size - 1).bit_length()
@@ -75,15 +74,15 @@ class _Slice:
     def __init__(self, chunks, first, last, q, k, v, steps, with_den, grads=None):
         self.first, self.last = first, last
         self.start, self.stop = chunks.tokens(first, last)
-        dtype = compute_dtype(q, k, v)
 
         def cut(x):
-            return split(x, self.start, self.stop, chunks.size, dtype)
+            return split(x, self.start, self.stop, chunks.size, chunks.dtype)
 
-        self.q, self.k, self.v = cut(q), cut(k), cut(v)
+        self.q = None if q is None else cut(q)
+        self.k, self.v = cut(k), cut(v)
         if with_den:
             self.v = pad(self.v, (0, 1), value=1.0)
-        self.steps = [split_steps(x, self.start, self.stop, chunks.size, chunks.length, dtype) for x in steps]
+        self.steps = [split_steps(x, self.start, self.stop, chunks.size, chunks.length, chunks.dtype) for x in steps]
         self.length = self.stop - self.start
         if grads is not None:
             num, den = grads
@@ -103,7 +102,6 @@ class _Carried:
 
     def __init__(self, chunks: Chunks, directions: tuple[str, ...], q, k, v, steps, with_den, grads=None):
         self.slices = len(chunks.slices)
-        self.alone = chunks.count == 1
         self.left: dict[tuple[str, str], Tensor] = {}
         self.right: dict[tuple[str, str], list[Tensor | float]] = {}
         kinds = [("backward", STATE)] if grads is None else [("backward", STATE), ("forward", ADJOINT)]
@@ -111,29 +109,26 @@ class _Carried:
         for kind in kinds:
             self.right[kind] = [0.0] * self.slices
         for number in range(self.slices - 1, 0, -1) if kinds else ():
-            x = _Slice(chunks, *chunks.slices[number], q, k, v, steps, with_den, grads)
+            x = _Slice(chunks, *chunks.slices[number], q if grads is not None else None, k, v, steps, with_den, grads)
             for kind in kinds:
                 direction, name = kind
                 into, onto, total = x.sums(direction)
                 factors = (x.k, onto, x.v) if name == STATE else (x.q, into, x.grad)
                 self.right[kind][number - 1] = _leave_to_the_left(*factors, total, self.right[kind][number])
 
-    def enter(self, number: int, direction: str, name: str, own: Callable[[], Tensor], total: Tensor | None) -> Tensor | None:
-        """What enters each chunk of slice ``number``, ``(B, H, n, Dk, Dv)``, from what each adds, ``own()``; None where nothing does."""
-        if self.alone:
-            return None
-        own, reverse, kind = own(), (direction == "backward") == (name == STATE), (direction, name)
-        count = own.shape[2]
-        before, after = (0, 0) if self.slices == 1 else (1, 1)  # places for what comes from other slices and goes to them
-        x = own.new_zeros(*own.shape[:2], rounded(before + count + after), *own.shape[3:])
-        x[:, :, before : before + count] = own
-        if self.slices == 1:
-            return scan_states(x, total, reverse)[:, :, :count]
-        x[:, :, count + 1 if reverse else 0] = self.right[kind][number] if reverse else self.left.get(kind, 0.0)
-        scan_states(x, None if total is None else pad(total.expand(-1, -1, count, -1, -1), (0, 0, 0, 0, 1, 1)), reverse)
-        if not reverse:
+    def enter(self, number: int, direction: str, name: str, own: Tensor, total: Tensor | None) -> Tensor:
+        """What enters each chunk of slice ``number``, ``(B, H, n, Dk, Dv)``, from what each adds, ``own``."""
+        count, reverse, kind = own.shape[2], (direction == "backward") == (name == STATE), (direction, name)
+        edge = 0 if self.slices == 1 else 1  # a place at each end: for what comes from other slices, and for what goes to them
+        x = own.new_zeros(*own.shape[:2], rounded(count + 2 * edge), *own.shape[3:])
+        x[:, :, edge : edge + count] = own
+        if edge:
+            x[:, :, count + 1 if reverse else 0] = self.right[kind][number] if reverse else self.left.get(kind, 0.0)
+            total = None if total is None else pad(total.expand(-1, -1, count, -1, -1), (0, 0, 0, 0, 1, 1))
+        scan_states(x, total, reverse)
+        if edge and not reverse:
             self.left[kind] = x[:, :, count + 1]
-        return x[:, :, 1 : count + 1]
+        return x[:, :, edge : edge + count]
 
 
 def _leave_to_the_left(x: Tensor, exponent: Tensor | None, y: Tensor, total: Tensor | None, carry: Tensor | float) -> Tensor:
@@ -155,19 +150,16 @@ class _Chunkwise(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, forward, backward)
         ctx.options = (weight, directions, with_den, chunk_size)
         steps = [forward, backward]
-        chunks = Chunks(q, chunk_size, is_vector(*steps))
+        chunks = Chunks(q, k, v, chunk_size, is_vector(*steps))
         carried = _Carried(chunks, directions, q, k, v, steps, with_den)
-        dtype = compute_dtype(q, k, v)
-        num = torch.empty_like(v, dtype=dtype)
-        den = v.new_empty(v.shape[:3], dtype=dtype) if with_den else None
+        num = torch.empty_like(v, dtype=chunks.dtype)
+        den = v.new_empty(v.shape[:3], dtype=chunks.dtype) if with_den else None
         for number, (first, last) in enumerate(chunks.slices):
             x = _Slice(chunks, first, last, q, k, v, steps, with_den)
             out = inside_scores(x.q, x.k, *x.steps, weight, directions) @ x.v
-            for direction in directions:
+            for direction in directions if chunks.count > 1 else ():
                 into, onto, total = x.sums(direction)
-                state = carried.enter(number, direction, STATE, lambda x=x, onto=onto: decayed(x.k, onto).mT @ x.v, total)
-                if state is not None:
-                    out += decayed(x.q, into) @ state
+                out += decayed(x.q, into) @ carried.enter(number, direction, STATE, decayed(x.k, onto).mT @ x.v, total)
             out = join(out, x.length)
             num[:, x.start : x.stop] = out[..., : v.shape[-1]]
             if with_den:
@@ -180,7 +172,7 @@ class _Chunkwise(torch.autograd.Function):
         q, k, v, forward, backward = ctx.saved_tensors
         weight, directions, with_den, chunk_size = ctx.options
         steps, grads = [forward, backward], (grad_num, grad_den if with_den else None)
-        chunks = Chunks(q, chunk_size, is_vector(*steps))
+        chunks = Chunks(q, k, v, chunk_size, is_vector(*steps))
         carried = _Carried(chunks, directions, q, k, v, steps, with_den, grads)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         needed = zip(steps, ctx.needs_input_grad[3:5], strict=True)
@@ -190,13 +182,13 @@ class _Chunkwise(torch.autograd.Function):
             scores, dq_part, dk_part, inside = inside_gradients(x.grad @ x.v.mT, x.q, x.k, *x.steps, weight, directions)
             dv_part = scores.mT @ x.grad
             for direction in directions:
-                into, onto, total = x.sums(direction)
                 dstep = dsteps[int(direction == "backward")]
                 dstep_part = None if dstep is None else _fit(inside[direction], dstep)
-                decayed_q, decayed_k = decayed(x.q, into), decayed(x.k, onto)
-                state = carried.enter(number, direction, STATE, lambda x=x, k=decayed_k: k.mT @ x.v, total)
-                adjoint = carried.enter(number, direction, ADJOINT, lambda x=x, q=decayed_q: q.mT @ x.grad, total)
-                if state is not None:
+                if chunks.count > 1:
+                    into, onto, total = x.sums(direction)
+                    decayed_k = decayed(x.k, onto)
+                    state = carried.enter(number, direction, STATE, decayed_k.mT @ x.v, total)
+                    adjoint = carried.enter(number, direction, ADJOINT, decayed(x.q, into).mT @ x.grad, total)
                     dq_state = decayed(x.grad @ state.mT, into)
                     dk_state = decayed(x.v @ adjoint.mT, onto)
                     dv_part += decayed_k @ adjoint

@@ -60,13 +60,13 @@ class Run:
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value, of the record's upper level, then the configuration, then the rest of the record."""
         upper = {k: v for k, v in self.record.items() if not isinstance(v, Mapping)}
-        return {**_flatten(self.record, "."), **_flatten(self.config, "."), **upper}
+        return {**flatten(self.record, "."), **flatten(self.config, "."), **upper}
 
     @cached_property
     def numbers(self) -> dict[str, float | None]:
         """Metric -> value; None where the record says that there is no (finite) number. See ``metric_name`` for how they are called."""
         found = {}
-        for key, value in _flatten(self.record, "/").items():
+        for key, value in flatten(self.record, "/").items():
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
                 finite = value is not None and abs(value) < float("inf")
                 found[key.removeprefix("metrics/").replace("parity/forms/", "parity/")] = value if finite else None
@@ -80,12 +80,13 @@ class Run:
         return str(value)
 
 
-def _flatten(node: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, the keys of a path joined by ``separator``; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, separator, path + separator)
+            flat |= flatten(value, separator, path + separator)
         else:
             flat[path] = value
     return flat
@@ -118,12 +119,13 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
                 continue
             found[identity] = run
     if not found:
-        hint = f" but {_count(debug, 'run')} of debug=" if debug else ""
+        hint = f" but {counted(debug, 'run')} of debug=" if debug else ""
         raise UserError(f"no run lies in or below {', '.join(map(str, paths))}{hint}: a run folder holds config.yaml.")
-    return list(found.values()), [f"Left out: {_count(debug, 'run')} of debug=."] if debug else []
+    return list(found.values()), [f"Left out: {counted(debug, 'run')} of debug=."] if debug else []
 
 
-def _count(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """``1 run``, ``2 runs``."""
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
@@ -230,7 +232,7 @@ def _nearest(word: str, known: Iterable[str], what: str) -> str:
 def check_keys(keys: Sequence[str], runs: Sequence[Run], option: str) -> None:
     """Raises UserError for a key that no run has."""
     known = dict.fromkeys(key for run in runs for key, value in run.flat.items() if not isinstance(value, list | dict | float))
-    known |= dict.fromkeys([*(key for run in runs for key in _flatten(run.config, ".")), *ALIASES])
+    known |= dict.fromkeys([*(key for run in runs for key in flatten(run.config, ".")), *ALIASES])
     for key in keys:
         if ALIASES.get(key, key) not in known:
             short = [*ALIASES, "task", *(k for k in runs[0].record if k in known and k != "variant")]

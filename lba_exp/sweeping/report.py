@@ -19,7 +19,7 @@ from rich.text import Text
 
 from lba_exp.errors import RunFolderError
 from lba_exp.results import folder as folders
-from lba_exp.results.collect import CONFIGS
+from lba_exp.results.collect import CONFIGS, counted
 from lba_exp.sweeping import plan as planning
 from lba_exp.sweeping.plan import Job, Plan
 
@@ -56,13 +56,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     todo = [job for job, (state, _) in zip(plan.jobs, states, strict=True) if state not in ("finished", "blocked", "running")]
     counts = Counter(state for state, _ in states)
     told = ", ".join(f"{n} {state}" for state, n in counts.items())
-    console.print(f"{_jobs(plan)} in {os.path.relpath(plan.folder.parent)}: {told}; {len(todo)} to run.", soft_wrap=True)
+    console.print(f"{counted(len(plan.jobs), 'job')} in {os.path.relpath(plan.folder.parent)}: {told}; {len(todo)} to run.", soft_wrap=True)
     if todo:
         console.print(_estimate(plan, todo), soft_wrap=True)
-
-
-def _jobs(plan: Plan) -> str:
-    return f"{len(plan.jobs)} job{'' if len(plan.jobs) == 1 else 's'}"
 
 
 def _estimate(plan: Plan, todo: Sequence[Job]) -> str:
@@ -73,8 +69,7 @@ def _estimate(plan: Plan, todo: Sequence[Job]) -> str:
     count = sum(len(s) for s in known.values())
     side = "one after the other" if plan.parallel == 1 else f"{plan.parallel} side by side"
     side = "in all" if plan.launcher.startswith("submitit") else side
-    runs = f"{count} finished run{'' if count == 1 else 's'} of this group"
-    return f"Time: about {duration(seconds)} {side}, by {runs}; the start of a process not counted."
+    return f"Time: about {duration(seconds)} {side}, by {counted(count, 'finished run')} of this group; the start of a process not counted."
 
 
 class Report:
@@ -184,7 +179,8 @@ def counts(plan: Plan) -> dict[str, int]:
 
 def show_summary(plan: Plan, console: Console) -> None:
     """Every job with how it ended; of a failed one what failed and where its traceback is."""
-    console.print(f"\n{_jobs(plan)}: " + ", ".join(f"{n} {status}" for status, n in counts(plan).items()), highlight=False)
+    told = ", ".join(f"{n} {status}" for status, n in counts(plan).items())
+    console.print(f"\n{counted(len(plan.jobs), 'job')}: {told}", highlight=False)
     for job in plan.jobs:
         outcome = plan.outcomes.get(job.number, {"status": "not started"})
         status = outcome["status"]
