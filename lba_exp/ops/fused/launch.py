@@ -85,37 +85,39 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 
 class _States:
-    """Entering states, or their adjoints, of all blocks."""
+    """What enters the blocks from the right, and the segments from both sides; of the states or of their adjoints."""
 
-    def __init__(self, size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
+    def __init__(self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
         high, low, totals, blocks = sums
-        self.segments, self.per_segment = plans.segments(blocks, size.BH, size.device, 6)
-        places = blocks + self.segments
-        self.s = size.empty(2, size.BH, places, size.D, size.DV, dtype=size.dtype)
-        self.z = size.empty(2, size.BH, places, size.D) if call.scaled else self.s
-        self.t = size.empty(2, size.BH, places)
+        count, per_segment = cut
+        # states go to the left by the backward decays, adjoints by the forward ones
+        leftward, rightward = (call.forward, call.backward) if adjoint else (call.backward, call.forward)
+        rightward = rightward and count > 1
+        places = blocks if leftward else 0
+        s = size.empty(size.BH, places, size.D, size.DV, dtype=size.dtype)
+        z = size.empty(size.BH, places if call.scaled else 0, size.D)
+        t = size.empty(size.BH, places)
+        seg = size.empty(2, size.BH, count, size.D, size.DV)
+        seg_z = size.empty(2, size.BH, count if call.scaled else 0, size.D)
+        seg_t = size.empty(2, size.BH, count)
+        self.tensors = s, z, t, seg, seg_z
+        if not (leftward or rightward or (adjoint and call.divided)):
+            return
         divided = call.divided and adjoint
         out = y if out is None else out
         mask, mask_stride = _mask(mask, totals)
-        rightward, leftward = (call.backward, call.forward) if adjoint else (call.forward, call.backward)
-        states_kernel[(size.H * self.segments * size.B,)](
-            x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, self.s, self.z, self.t,
-            *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride,
-            size.L, size.H, blocks, self.segments, self.per_segment, call.eps,
+        states_kernel[(size.H * count * size.B,)](
+            x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, s, z, t, seg, seg_z, seg_t,
+            *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, blocks, count, per_segment, call.eps,
             D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.state_columns,
             ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, EXACT=size.compute == tl.float32,
-            RIGHTWARD=rightward, LEFTWARD=leftward, PRECISION=size.precision, COMPUTE=size.compute,
+            LEFTWARD=leftward, RIGHTWARD=rightward, PRECISION=size.precision, COMPUTE=size.compute,
             num_warps=plan.state_warps, num_stages=plan.state_stages, maxnreg=plan.state_registers,
         )  # fmt: skip
-        if self.segments > 1:
+        if count > 1 and (leftward or rightward):
             join_kernel[(size.BH, triton.cdiv(size.BD, 16), rightward + leftward)](
-                self.s, self.z, self.t, size.BH, blocks, self.segments, 0 if rightward else 1,
-                D=size.D, DV=size.DV, BR=16, BDV=size.BDV, SCALED=call.scaled,
-            )  # fmt: skip
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.s, self.z, self.t
+                seg, seg_z, seg_t, size.BH, count, 0 if rightward else 1, D=size.D, DV=size.DV, BR=16, BDV=size.BDV, SCALED=call.scaled
+            )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -130,18 +132,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None,
         return out, den
     plan = plans.clipped(plans.choose("forward", size.dtype, size.width), size.L)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
-    states, tensors = None, (totals,) * 3
+    cut = count, per_segment = plans.segments(blocks, size.BH, size.device, plan.programs)
+    tensors = (totals,) * 5
     if blocks > 1:
-        states = _States(size, call, plan, sums, k, v, mask)
-        tensors = states.tensors
+        tensors = _States(size, call, plan, sums, cut, k, v, mask).tensors
     mask, mask_stride = _mask(mask, totals)
-    outputs_kernel[(plan.block // plan.rows * size.H * blocks * size.B,)](
+    outputs_kernel[(size.H * count * size.B,)](
         q, k, v, mask, high, low, totals, *tensors, out, den,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, *out.stride()[:3],
-        size.L, size.H, blocks, states.segments if states else 1, states.per_segment if states else 1, call.weight, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BQ=plan.rows, BT=plan.columns,
+        size.L, size.H, blocks, count, per_segment, call.weight, call.eps,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.columns,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
-        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1, JOINED=states is not None and states.segments > 1,
+        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1, JOINED=count > 1,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
@@ -170,21 +172,20 @@ def backward(
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     need_f, need_g = needs[0] and call.forward, needs[1] and call.backward
     df, dg = (size.empty(size.B, size.H, size.L) if need else None for need in (need_f, need_g))
-    states, tensors, adjoints = None, (totals,) * 3, (totals,) * 3
+    cut = count, per_segment = plans.segments(blocks, size.BH, size.device, plan.programs)
+    tensors, adjoints = (totals,) * 5, (totals,) * 5
     if blocks > 1:
-        states = _States(size, call, plan, sums, k, v, mask)
-        tensors = states.tensors
-        adjoints = _States(size, call, plan, sums, q, grad, mask, den=den, out=out, dot=dot, adjoint=True).tensors
+        tensors = _States(size, call, plan, sums, cut, k, v, mask).tensors
+        adjoints = _States(size, call, plan, sums, cut, q, grad, mask, den=den, out=out, dot=dot, adjoint=True).tensors
     mask, mask_stride = _mask(mask, totals)
-    gradients_kernel[(size.H * blocks * size.B,)](
+    gradients_kernel[(size.H * count * size.B,)](
         q, k, v, grad, den, out, dot, mask, high, low, totals, *tensors, *adjoints, dq, dk, dv,
         totals if df is None else df, totals if dg is None else dg,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *out.stride()[:3], mask_stride,
-        size.L, size.H, blocks, states.segments if states else 1, states.per_segment if states else 1, call.weight, call.eps,
+        size.L, size.H, blocks, count, per_segment, call.weight, call.eps,
         D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.columns,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
-        FORWARD=call.forward, BACKWARD=call.backward, NEED_F=need_f, NEED_G=need_g,
-        STATES=blocks > 1, JOINED=states is not None and states.segments > 1,
+        FORWARD=call.forward, BACKWARD=call.backward, NEED_F=need_f, NEED_G=need_g, STATES=blocks > 1, JOINED=count > 1,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
@@ -194,7 +195,7 @@ def backward(
 def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
     """The sum of x y^T over all tokens: (B H, D, DV) and (B H, D), float32."""
     tiles = triton.cdiv(size.L, plan.state_columns)
-    count, per_segment = plans.segments(tiles, size.BH, size.device, 8)
+    count, per_segment = plans.segments(tiles, size.BH, size.device, plan.programs)
     s = size.empty(size.BH, count, size.D, size.DV)
     z = size.empty(size.BH, count, size.D) if call.scaled else s
     divided = call.divided and adjoint
@@ -212,7 +213,7 @@ def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=N
 
 def _tiles(size: _Sizes, plan: plans.Plan) -> tuple[int, int]:
     """Tiles of rows that one program takes, and programs a sequence: few tiles where the GPU would not be full otherwise."""
-    tiles = triton.cdiv(size.L, plan.rows)
+    tiles = triton.cdiv(size.L, plan.block)
     repeat = 4 if tiles * size.BH >= 4 * 4 * plans.processors(size.device) else 1
     return repeat, triton.cdiv(tiles, repeat)
 
@@ -224,7 +225,7 @@ def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, out: Tensor, den: T
     mask, mask_stride = _mask(mask, s)
     linear_outputs_kernel[(size.H * tiles * size.B,)](
         q, mask, s, z, out, den, *q.stride()[:3], mask_stride, *out.stride()[:3], size.L, size.H, tiles, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.rows, REPEAT=repeat,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.block, REPEAT=repeat,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
@@ -239,7 +240,7 @@ def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, do
     linear_gradients_kernel[(size.H * tiles * size.B,)](
         k, v, grad, den if call.divided else s, dot, mask, s, z, a, az, dq, dk, dv,
         *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], mask_stride, size.L, size.H, tiles, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.rows, REPEAT=repeat,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.block, REPEAT=repeat,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip

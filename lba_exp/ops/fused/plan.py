@@ -14,18 +14,18 @@ class Plan:
 
     Attributes:
         block: tokens of a block, between whose borders states are carried (CB).
-        rows: rows of a tile of outputs (BQ), at most ``block``.
-        columns: keys at a time inside a block (BT).
+        columns: keys at a time inside a block (BT), at most ``block``.
         state_columns: tokens at a time where states are summed (BT there), at most ``block``.
+        programs: segments a multiprocessor, as long as there are blocks enough.
         warps, stages: of the kernel that writes outputs or gradients.
         state_warps, state_stages: of the kernel that sums states.
         registers, state_registers: the most that a thread of either may take; None: what the compiler takes.
     """
 
     block: int
-    rows: int
     columns: int
     state_columns: int
+    programs: int
     warps: int
     stages: int
     state_warps: int
@@ -36,24 +36,24 @@ class Plan:
 
 # forward and backward plans by compute dtype and width
 FORWARD = {
-    ("half", 64): Plan(256, 128, 64, 128, 8, 2, 4, 2),
-    ("half", 128): Plan(128, 64, 64, 64, 4, 2, 8, 2),
-    ("full", 64): Plan(64, 32, 32, 32, 4, 1, 4, 1),
-    ("full", 128): Plan(64, 32, 32, 32, 8, 1, 8, 1),
+    ("half", 64): Plan(128, 64, 128, 8, 8, 2, 8, 3),
+    ("half", 128): Plan(64, 64, 64, 8, 8, 1, 8, 2),
+    ("full", 64): Plan(32, 32, 32, 8, 4, 1, 4, 1),
+    ("full", 128): Plan(32, 32, 32, 8, 8, 1, 8, 1),
 }
 BACKWARD = {
-    ("half", 64): Plan(128, 128, 64, 128, 8, 1, 4, 2),
-    ("half", 128): Plan(64, 64, 32, 64, 8, 1, 8, 2),
-    ("full", 64): Plan(32, 32, 32, 32, 4, 1, 4, 1),
-    ("full", 128): Plan(32, 32, 32, 32, 8, 1, 8, 1),
+    ("half", 64): Plan(64, 64, 64, 8, 8, 1, 8, 2),
+    ("half", 128): Plan(64, 64, 64, 8, 8, 1, 8, 2),
+    ("full", 64): Plan(32, 32, 32, 8, 4, 1, 4, 1),
+    ("full", 128): Plan(32, 32, 32, 8, 8, 1, 8, 1),
 }
+# without decay: block is the tile of rows
 LINEAR = {
-    ("half", 64): Plan(128, 128, 128, 128, 4, 2, 4, 3),
-    ("half", 128): Plan(64, 64, 64, 64, 4, 2, 8, 2),
-    ("full", 64): Plan(64, 64, 64, 32, 4, 1, 4, 1),
-    ("full", 128): Plan(32, 32, 32, 32, 4, 1, 8, 1),
+    ("half", 64): Plan(128, 64, 64, 8, 4, 2, 4, 3),
+    ("half", 128): Plan(64, 64, 64, 8, 4, 2, 8, 2),
+    ("full", 64): Plan(64, 64, 32, 8, 4, 1, 4, 1),
+    ("full", 128): Plan(32, 32, 32, 8, 4, 1, 8, 1),
 }
-SMALL = Plan(16, 16, 16, 16, 4, 1, 4, 1)  # of Triton's interpreter, which runs a program at a time
 
 _OVERRIDES: dict[str, Plan] = {}
 
@@ -102,5 +102,5 @@ def clipped(plan: Plan, length: int) -> Plan:
         return plan
     size = max(16, 1 << (length - 1).bit_length())
     return replace(
-        plan, block=size, rows=min(plan.rows, size), columns=min(plan.columns, size), state_columns=min(plan.state_columns, size)
+        plan, block=size, columns=min(plan.columns, size), state_columns=min(plan.state_columns, size)
     )

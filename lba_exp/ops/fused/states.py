@@ -1,27 +1,45 @@
-"""Kernels: the states that enter each block of tokens, in both directions from one reading, and their join over long sequences."""
+"""Kernels: the states that enter each block of tokens from the right, and the sums of whole segments, from which their edges' states are joined."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+def factor(high, low, from_high, from_low, EXACT: tl.constexpr):
+    """2 to the power of a difference of sums that is at most 0."""
+    e = high - from_high
+    if EXACT:
+        e += low - from_low
+    return tl.exp2(tl.where(e > 0, 0.0, e))
+
+
+@triton.jit
+def whole_factor(high, low, EXACT: tl.constexpr):
+    """2 to the power of one sum: the factor over a whole block, which many steps multiply; in float64 where float32 is to be exact."""
+    if EXACT:
+        return tl.exp2(high.to(tl.float64) + low.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.exp2(high)
+
+
+@triton.jit
 def states_kernel(
-    X, Y, GRAD_SCALE, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, T,
-    sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb,
-    length, H, NB, NSEG, blocks_per_segment, eps,
+    X, Y, GRAD_SCALE, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, T, SEG, SEG_Z, SEG_T,
+    sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb, length, H, NB, NSEG, blocks_per_segment, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
     ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    RIGHTWARD: tl.constexpr, LEFTWARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    LEFTWARD: tl.constexpr, RIGHTWARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x y^T that enter each block from the left and from the right, each decayed to the block's border.
+    """Sums of x y^T that enter each block from the right, decayed to the block's border, and over each whole segment in both directions.
 
-    States (ADJOINT = False): x, y = k, v; from the left by the forward decays, from the right by the backward ones. Their adjoints: x, y =
-    q and the numerator's gradient, dy / (den + eps) where DIVIDED; from the left by the backward decays, from the right by the forward ones;
+    States (ADJOINT = False): x, y = k, v; from the right by the backward decays, from the left by the forward ones. Their adjoints: x, y = q
+    and the numerator's gradient, dy / (den + eps) where DIVIDED; from the right by the forward decays, from the left by the backward ones;
     the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
 
-    A program walks over one segment of blocks. S: (2, B H, NB + NSEG, D, DV), first the entering states as the segment alone makes them,
-    then each segment's sum; Z: (2, B H, NB + NSEG, D), the same of x alone (times DOT for adjoints); T: (2, B H, NB + NSEG), the log decay
-    from the segment's border to each block's, and of the segment. Grid (H NSEG B,), heads fastest.
+    A program walks over one segment of blocks from right to left. S: (B H, NB, D, DV), what enters each block as the segment alone makes it
+    (LEFTWARD); Z: (B H, NB, D) the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's end to the
+    block's. SEG, SEG_Z: (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD),
+    then to the left; SEG_T: (2, B H, NSEG), their log decays. Grid (H NSEG B,), heads fastest.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -32,147 +50,103 @@ def states_kernel(
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     r = tl.arange(0, BT)
-    ones = tl.full((BT, 16), 1.0, COMPUTE)
+    column = tl.arange(0, 16)
     acc = tl.zeros((BD, BDV), tl.float32)
-    z = tl.zeros((BD, 16), tl.float32)
-    log = tl.zeros((), tl.float32)
+    seg = tl.zeros((BD, BDV), tl.float32)
+    z = tl.zeros((BD, 16), tl.float32)  # the first column goes to the left, the second to the right
+    log_left = tl.zeros((), tl.float32)
+    log_right = tl.zeros((), tl.float32)
     zero = tl.zeros((), tl.int64)
     first = segment * blocks_per_segment
     last = tl.minimum(first + blocks_per_segment, NB)
-    # rightward: states by the forward sums, adjoints by the backward ones
-    right: tl.constexpr = 1 if ADJOINT else 0
-    left: tl.constexpr = 1 - right
-    row_right = bh * (NB + NSEG)
-    row_left = (BH + bh) * (NB + NSEG)
+    left: tl.constexpr = 0 if ADJOINT else 1  # whose sums: 0 forward, 1 backward
+    right: tl.constexpr = 1 - left
     cell = d[:, None] * DV + dv[None, :]
     in_cell = (d[:, None] < D) & (dv[None, :] < DV)
-    column = tl.arange(0, 16)
     z_cell = tl.broadcast_to(d[:, None], (BD, 16))
-    in_z = (d[:, None] < D) & (column[None, :] == 0)
-    sums_right = HIGH + (right * BH + bh) * (NB * CB)
-    sums_left = HIGH + (left * BH + bh) * (NB * CB)
-    low_right = LOW + (right * BH + bh) * (NB * CB)
-    low_left = LOW + (left * BH + bh) * (NB * CB)
-    total_right = TOTALS + (right * BH + bh) * NB
+    in_left = (d[:, None] < D) & (column[None, :] == 0)
+    in_right = (d[:, None] < D) & (column[None, :] == 1)
+    sums_left = (left * BH + bh) * (NB * CB)
+    sums_right = (right * BH + bh) * (NB * CB)
     total_left = TOTALS + (left * BH + bh) * NB
+    total_right = TOTALS + (right * BH + bh) * NB
     LOW_PART = 2 * BH * NB
-    for block in range(first, last):
-        if RIGHTWARD:
-            at = row_right + block
-            tl.store(S + at * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
+    for n in range(first, last):
+        block = first + last - 1 - n
+        whole_left = tl.load(total_left + block)
+        whole_left_low = tl.load(total_left + LOW_PART + block) if EXACT else 0.0
+        if LEFTWARD:
+            state = bh * NB + block
+            tl.store(S + state * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
             if SCALED:
-                tl.store(Z + at * D + z_cell, z, mask=in_z)
-            tl.store(T + at, log)
-            whole = tl.load(total_right + block)
-            if EXACT:
-                whole_low = tl.load(total_right + LOW_PART + block)
-                keep = tl.exp2((whole.to(tl.float64) + whole_low.to(tl.float64))).to(tl.float32)
-            else:
-                keep = tl.exp2(whole)
-            acc = acc * keep
-            z = z * keep
-            log += whole
-        own = tl.zeros((BD, BDV), tl.float32)
-        own_z = tl.zeros((BD, 16), tl.float32)
+                tl.store(Z + state * D + z_cell, z, mask=in_left)
+            tl.store(T + state, log_left)
+        keep = whole_factor(whole_left, whole_left_low, EXACT)
+        acc = acc * keep
+        z = z * tl.where(column == 0, keep, 1.0)[None, :]
+        if RIGHTWARD:
+            whole_right = tl.load(total_right + block)
+            whole_right_low = tl.load(total_right + LOW_PART + block) if EXACT else 0.0
         for i in tl.static_range(0, CB, BT):
             start = zero + (block * CB + i)
             ok = start + r < length
             if MASKED:
                 ok = ok & (tl.load(MASK + b * smb + start + r, mask=ok, other=0) != 0)
-            x = tl.load(
-                X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=ok[:, None] & (d[None, :] < D), other=0.0
-            )
-            y = tl.load(
-                Y + b * syb + h * syh + start * syl + (r[:, None] * syl + dv[None, :]), mask=ok[:, None] & (dv[None, :] < DV), other=0.0
-            )
-            x = x.to(tl.float32)
+            in_y = ok[:, None] & (dv[None, :] < DV)
+            x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=ok[:, None] & (d[None, :] < D), other=0.0)
+            y = tl.load(Y + b * syb + h * syh + start * syl + (r[:, None] * syl + dv[None, :]), mask=in_y, other=0.0)
+            x_t = tl.trans(x.to(COMPUTE))
+            y = y.to(tl.float32)
+            dot = tl.full((BT,), 1.0, tl.float32)
+            scale = dot
             if ADJOINT and SCALED:
-                at = bh * length + start + r
+                token = bh * length + start + r
                 if DIVIDED:
-                    scale = tl.load(GRAD_SCALE + at, mask=ok, other=1.0)
-                    y = y.to(tl.float32) * (1.0 / (scale + eps))[:, None]
-                    o = tl.load(
-                        OUT + b * sob + h * soh + start * sol + (r[:, None] * sol + dv[None, :]),
-                        mask=ok[:, None] & (dv[None, :] < DV),
-                        other=0.0,
-                    )
-                    dot = -tl.sum(y * o.to(tl.float32), 1)
-                    tl.store(DOT + at, dot, mask=start + r < length)
+                    scale = 1.0 / (tl.load(GRAD_SCALE + token, mask=ok, other=1.0) + eps)
+                    o = tl.load(OUT + b * sob + h * soh + start * sol + (r[:, None] * sol + dv[None, :]), mask=in_y, other=0.0)
+                    dot = -tl.sum(y * o.to(tl.float32), 1) * scale
+                    tl.store(DOT + token, dot, mask=start + r < length)
                 else:
-                    dot = tl.load(DOT + at, mask=ok, other=0.0)
-            y = y.to(COMPUTE)
-            if RIGHTWARD:
-                e = tl.load(total_right + block) - tl.load(sums_right + start + r)
-                if EXACT:
-                    e += tl.load(total_right + LOW_PART + block) - tl.load(low_right + start + r)
-                e = tl.exp2(tl.where(e > 0, 0.0, e))
-                scaled_x = (x * e[:, None]).to(COMPUTE)
-                acc = tl.dot(tl.trans(scaled_x), y, acc, input_precision=PRECISION)
-                if SCALED:
-                    if ADJOINT:
-                        z = tl.dot(tl.trans((x * (e * dot)[:, None]).to(COMPUTE)), ones, z, input_precision=PRECISION)
-                    else:
-                        z = tl.dot(tl.trans(scaled_x), ones, z, input_precision=PRECISION)
+                    dot = tl.load(DOT + token, mask=ok, other=0.0)
+            to_left = dot
+            to_right = dot
             if LEFTWARD:
-                e = tl.load(sums_left + start + r)
+                e = factor(tl.load(HIGH + sums_left + start + r), tl.load(LOW + sums_left + start + r) if EXACT else 0.0, 0.0, 0.0, EXACT)
+                to_left = e * dot
+                acc = tl.dot(x_t, (y * (e * scale)[:, None]).to(COMPUTE), acc, input_precision=PRECISION)
+            if RIGHTWARD:
+                e = whole_right - tl.load(HIGH + sums_right + start + r) + log_right
                 if EXACT:
-                    e += tl.load(low_left + start + r)
+                    e += whole_right_low - tl.load(LOW + sums_right + start + r)
                 e = tl.exp2(tl.where(e > 0, 0.0, e))
-                scaled_x = (x * e[:, None]).to(COMPUTE)
-                own = tl.dot(tl.trans(scaled_x), y, own, input_precision=PRECISION)
-                if SCALED:
-                    if ADJOINT:
-                        own_z = tl.dot(tl.trans((x * (e * dot)[:, None]).to(COMPUTE)), ones, own_z, input_precision=PRECISION)
-                    else:
-                        own_z = tl.dot(tl.trans(scaled_x), ones, own_z, input_precision=PRECISION)
-        if LEFTWARD:
-            at = row_left + block
-            tl.store(S + at * (D * DV) + cell, own.to(S.dtype.element_ty), mask=in_cell)
+                to_right = e * dot
+                seg = tl.dot(x_t, (y * (e * scale)[:, None]).to(COMPUTE), seg, input_precision=PRECISION)
             if SCALED:
-                tl.store(Z + at * D + z_cell, own_z, mask=in_z)
+                both = tl.where((column == 0)[None, :], to_left[:, None], to_right[:, None])
+                z = tl.dot(x_t, both.to(COMPUTE), z, input_precision=PRECISION)
+        log_left += whole_left
+        if RIGHTWARD:
+            log_right += whole_right
+    state = bh * NSEG + segment
     if RIGHTWARD:
-        at = row_right + NB + segment
-        tl.store(S + at * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
+        tl.store(SEG + state * (D * DV) + cell, seg, mask=in_cell)
         if SCALED:
-            tl.store(Z + at * D + z_cell, z, mask=in_z)
-        tl.store(T + at, log)
+            tl.store(SEG_Z + state * D + z_cell, z, mask=in_right)
+        tl.store(SEG_T + state, log_right)
     if LEFTWARD:
-        # what each block adds is there; now from right to left
-        tl.debug_barrier()
-        acc = tl.zeros((BD, BDV), tl.float32)
-        zz = tl.zeros((BD,), tl.float32)
-        log = tl.zeros((), tl.float32)
-        for n in range(first, last):
-            block = first + last - 1 - n
-            at = row_left + block
-            own = tl.load(S + at * (D * DV) + cell, mask=in_cell, other=0.0).to(tl.float32)
-            tl.store(S + at * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
-            whole = tl.load(total_left + block)
-            if EXACT:
-                whole_low = tl.load(total_left + LOW_PART + block)
-                keep = tl.exp2((whole.to(tl.float64) + whole_low.to(tl.float64))).to(tl.float32)
-            else:
-                keep = tl.exp2(whole)
-            acc = acc * keep + own
-            if SCALED:
-                own_zz = tl.load(Z + at * D + d, mask=d < D, other=0.0)
-                tl.store(Z + at * D + d, zz, mask=d < D)
-                zz = zz * keep + own_zz
-            tl.store(T + at, log)
-            log += whole
-        at = row_left + NB + segment
-        tl.store(S + at * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
+        state += BH * NSEG
+        tl.store(SEG + state * (D * DV) + cell, acc, mask=in_cell)
         if SCALED:
-            tl.store(Z + at * D + d, zz, mask=d < D)
-        tl.store(T + at, log)
+            tl.store(SEG_Z + state * D + z_cell, z, mask=in_left)
+        tl.store(SEG_T + state, log_left)
 
 
 @triton.jit
 def join_kernel(
-    S, Z, T, BH, NB, NSEG, first, D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BDV: tl.constexpr, SCALED: tl.constexpr,
+    SEG, SEG_Z, SEG_T, BH, NSEG, first, D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BDV: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Turns the segments' sums into what enters each segment, in place. Grid (B H, rows / BR, directions), from ``first`` on:
-    0 from the left, 1 from the right."""
+    """Turns the segments' sums into what enters each segment, in place. Grid (B H, rows / BR, directions), from ``first`` on: 0 what goes to
+    the right, 1 to the left."""
     direction = first + tl.program_id(2)
     bh = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -180,33 +154,15 @@ def join_kernel(
     ok = (rows[:, None] < D) & (dv[None, :] < DV)
     acc = tl.zeros((BR, BDV), tl.float32)
     z = tl.zeros((BR,), tl.float32)
-    row = (direction * BH + bh) * (NB + NSEG) + NB
+    row = (direction * BH + bh) * NSEG
     for n in range(0, NSEG):
-        at = row + (n if direction == 0 else NSEG - 1 - n)
-        keep = tl.exp2(tl.load(T + at))
-        cell = S + at * (D * DV) + rows[:, None] * DV + dv[None, :]
-        own = tl.load(cell, mask=ok, other=0.0).to(tl.float32)
-        tl.store(cell, acc.to(S.dtype.element_ty), mask=ok)
+        at = row + tl.where(direction == 0, n, NSEG - 1 - n)
+        keep = tl.exp2(tl.load(SEG_T + at))
+        cell = SEG + at * (D * DV) + rows[:, None] * DV + dv[None, :]
+        own = tl.load(cell, mask=ok, other=0.0)
+        tl.store(cell, acc, mask=ok)
         acc = acc * keep + own
         if SCALED:
-            own_z = tl.load(Z + at * D + rows, mask=rows < D, other=0.0)
-            tl.store(Z + at * D + rows, z, mask=rows < D)
+            own_z = tl.load(SEG_Z + at * D + rows, mask=rows < D, other=0.0)
+            tl.store(SEG_Z + at * D + rows, z, mask=rows < D)
             z = z * keep + own_z
-
-
-@triton.jit
-def entering(
-    S, Z, T, at, segment_at, cell, in_cell, d,
-    D: tl.constexpr, DV: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr,
-):  # fmt: skip
-    """The state (BD, BDV) and (BD,), float32, that enters a block: of its segment, plus of the segments before that one where JOINED."""
-    s = tl.load(S + at * (D * DV) + cell, mask=in_cell, other=0.0).to(tl.float32)
-    z = tl.zeros((cell.shape[0],), tl.float32)
-    if SCALED:
-        z = tl.load(Z + at * D + d, mask=d < D, other=0.0)
-    if JOINED:
-        far = tl.exp2(tl.load(T + at))
-        s += far * tl.load(S + segment_at * (D * DV) + cell, mask=in_cell, other=0.0).to(tl.float32)
-        if SCALED:
-            z += far * tl.load(Z + segment_at * D + d, mask=d < D, other=0.0)
-    return s, z
