@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lba_exp.ops.fused import plan as plans
-from lba_exp.ops.fused.gradients import gradients_kernel
+from lba_exp.ops.fused.gradients import keys_gradient_kernel, queries_gradient_kernel
 from lba_exp.ops.fused.linear import linear_gradients_kernel, linear_outputs_kernel, linear_states_kernel
 from lba_exp.ops.fused.outputs import outputs_kernel
 from lba_exp.ops.fused.states import join_kernel, states_kernel
@@ -85,15 +85,17 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 
 class _States:
-    """What enters the blocks from the right, and the segments from both sides; of the states or of their adjoints."""
+    """What enters the blocks from the right, or from both sides with two walks, and the segments from both; states or their adjoints."""
 
-    def __init__(self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
+    def __init__(self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *, walks=1, den=None, out=None, dot=None, adjoint=False):
         high, low, totals, blocks = sums
         count, per_segment = cut
         # states go to the left by the backward decays, adjoints by the forward ones
         leftward, rightward = (call.forward, call.backward) if adjoint else (call.backward, call.forward)
+        if walks == 2:
+            leftward, rightward = True, False  # each walk its own
         rightward = rightward and count > 1
-        places = blocks if leftward else 0
+        places = blocks * walks if leftward else 0
         s = size.empty(size.BH, places, size.D, size.DV, dtype=size.dtype)
         z = size.empty(size.BH, places if call.scaled else 0, size.D)
         t = size.empty(size.BH, places)
@@ -106,17 +108,18 @@ class _States:
         divided = call.divided and adjoint
         out = y if out is None else out
         mask, mask_stride = _mask(mask, totals)
-        states_kernel[(size.H * count * size.B,)](
+        states_kernel[(walks * size.H * count * size.B,)](
             x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, s, z, t, seg, seg_z, seg_t,
             *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, blocks, count, per_segment, call.eps,
             D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.state_columns,
             ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, EXACT=size.compute == tl.float32,
-            LEFTWARD=leftward, RIGHTWARD=rightward, PRECISION=size.precision, COMPUTE=size.compute,
+            LEFTWARD=leftward, RIGHTWARD=rightward, WALKS=walks, PRECISION=size.precision, COMPUTE=size.compute,
             num_warps=plan.state_warps, num_stages=plan.state_stages, maxnreg=plan.state_registers,
         )  # fmt: skip
         if count > 1 and (leftward or rightward):
-            join_kernel[(size.BH, triton.cdiv(size.BD, 16), rightward + leftward)](
-                seg, seg_z, seg_t, size.BH, count, 0 if rightward else 1, D=size.D, DV=size.DV, BR=16, BDV=size.BDV, SCALED=call.scaled
+            both = rightward or walks == 2
+            join_kernel[(size.BH, triton.cdiv(size.BD, 16), both + leftward)](
+                seg, seg_z, seg_t, size.BH, count, 0 if both else 1, D=size.D, DV=size.DV, BR=16, BDV=size.BDV, SCALED=call.scaled
             )
 
 
@@ -175,20 +178,26 @@ def backward(
     cut = count, per_segment = plans.segments(blocks, size.BH, size.device, plan.programs)
     tensors, adjoints = (totals,) * 5, (totals,) * 5
     if blocks > 1:
-        tensors = _States(size, call, plan, sums, cut, k, v, mask).tensors
-        adjoints = _States(size, call, plan, sums, cut, q, grad, mask, den=den, out=out, dot=dot, adjoint=True).tensors
+        tensors = _States(size, call, plan, sums, cut, k, v, mask, walks=2).tensors
+        adjoints = _States(size, call, plan, sums, cut, q, grad, mask, walks=2, den=den, out=out, dot=dot, adjoint=True).tensors
     mask, mask_stride = _mask(mask, totals)
-    gradients_kernel[(size.H * count * size.B,)](
-        q, k, v, grad, den, out, dot, mask, high, low, totals, *tensors, *adjoints, dq, dk, dv,
-        totals if df is None else df, totals if dg is None else dg,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], *out.stride()[:3], mask_stride,
-        size.L, size.H, blocks, count, per_segment, call.weight, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.columns,
+    grads = (totals if df is None else df, totals if dg is None else dg)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
+    numbers = (size.L, size.H, blocks, count, per_segment, call.weight, call.eps)
+    options = dict(
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
         FORWARD=call.forward, BACKWARD=call.backward, NEED_F=need_f, NEED_G=need_g, STATES=blocks > 1, JOINED=count > 1,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
+    queries_gradient_kernel[(size.H * blocks * size.B,)](
+        q, k, v, grad, den, out, dot, mask, high, low, totals, *tensors, *adjoints, dq, *grads,
+        *strides, *out.stride()[:3], mask_stride, *numbers, **options,
+    )  # fmt: skip
+    keys_gradient_kernel[(size.H * blocks * size.B,)](
+        q, k, v, grad, den, dot, mask, high, low, totals, *adjoints, dk, dv, *grads, *strides, mask_stride, *numbers, **options
+    )
     return dq, dk, dv, df, dg
 
 

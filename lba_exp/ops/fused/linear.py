@@ -36,9 +36,8 @@ def linear_states_kernel(
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     r = tl.arange(0, BT)
-    ones = tl.full((BT, 16), 1.0, COMPUTE)
     acc = tl.zeros((BD, BDV), tl.float32)
-    z = tl.zeros((BD, 16), tl.float32)
+    z = tl.zeros((BD,), tl.float32)
     first = segment.to(tl.int64) * tokens
     last = tl.minimum(first + tokens, length)
     for start in range(first, last, BT):
@@ -59,14 +58,13 @@ def linear_states_kernel(
         acc = tl.dot(x_t, y, acc, input_precision=PRECISION)
         if SCALED:
             if ADJOINT:
-                z = tl.dot(x_t, tl.broadcast_to(dot[:, None], (BT, 16)).to(COMPUTE), z, input_precision=PRECISION)
+                z += tl.sum(x.to(tl.float32) * dot[:, None], 0)
             else:
-                z = tl.dot(x_t, ones, z, input_precision=PRECISION)
+                z += tl.sum(x.to(tl.float32), 0)
     at = bh * NSEG + segment
     tl.store(S + at * (D * DV) + d[:, None] * DV + dv[None, :], acc, mask=(d < D)[:, None] & (dv < DV)[None, :])
     if SCALED:
-        column = tl.arange(0, 16)
-        tl.store(Z + at * D + tl.broadcast_to(d[:, None], (BD, 16)), z, mask=(d < D)[:, None] & (column == 0)[None, :])
+        tl.store(Z + at * D + d, z, mask=d < D)
 
 
 @triton.jit

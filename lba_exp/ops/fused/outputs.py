@@ -30,30 +30,27 @@ def outputs_kernel(
     dv = tl.arange(0, BDV)
     rows = tl.arange(0, CB)
     r = tl.arange(0, BT)
-    column = tl.arange(0, 16)
-    even = column % 2 == 0
     in_d = d < D
     in_dv = dv < DV
     cell = d[:, None] * DV + dv[None, :]
     in_cell = in_d[:, None] & in_dv[None, :]
-    z_cell = tl.broadcast_to(d[:, None], (BD, 16))
     first = segment * blocks_per_segment
     last = tl.minimum(first + blocks_per_segment, NB)
     zero = tl.zeros((), tl.int64)
     s = tl.zeros((BD, BDV), tl.float32)
-    z = tl.zeros((BD, 16), tl.float32)  # the same in each even column
+    z = tl.zeros((BD,), tl.float32)
     seg_z = z
     if JOINED:
         at = bh * NSEG + segment
         if FORWARD:
             s = tl.load(SEG + at * (D * DV) + cell, mask=in_cell, other=0.0)
             if SCALED:
-                z = tl.load(SEG_Z + at * D + z_cell, mask=in_d[:, None] & even[None, :], other=0.0)
+                z = tl.load(SEG_Z + at * D + d, mask=in_d, other=0.0)
         at += BH * NSEG
         if BACKWARD:
             seg = tl.load(SEG + at * (D * DV) + cell, mask=in_cell, other=0.0).to(COMPUTE)
             if SCALED:
-                seg_z = tl.load(SEG_Z + at * D + z_cell, mask=in_d[:, None] & (column % 2 == 1)[None, :], other=0.0)
+                seg_z = tl.load(SEG_Z + at * D + d, mask=in_d, other=0.0)
     for block in range(first, last):
         start = zero + block * CB
         ok = start + rows < length
@@ -87,19 +84,14 @@ def outputs_kernel(
                     far = tl.exp2(tl.load(T + state))
                     num += tl.dot(q, seg, input_precision=PRECISION) * (from_right * far)[:, None]
             if SCALED:
-                zz = z
+                if FORWARD:
+                    den += tl.sum(q.to(tl.float32) * z[None, :], 1) * from_left
+                    z = z * whole_factor(a_whole, a_whole_low, EXACT)
                 if BACKWARD:
-                    right_z = tl.load(Z + state * D + z_cell, mask=in_d[:, None] & (column % 2 == 1)[None, :], other=0.0)
+                    right_z = tl.load(Z + state * D + d, mask=in_d, other=0.0)
                     if JOINED:
                         right_z += seg_z * far
-                    zz = tl.where(even[None, :], z, right_z)
-                # columns: from the left, from the right, and what rounding takes from either
-                coarse = zz.to(COMPUTE)
-                zz = tl.where((column < 2)[None, :], zz, tl.where((column < 4)[None, :], zz - coarse.to(tl.float32), 0.0))
-                read = tl.dot(q, zz.to(COMPUTE), input_precision=PRECISION)
-                den = tl.sum(read * tl.where(even[None, :], from_left[:, None], from_right[:, None]), 1)
-                if FORWARD:
-                    z = z * whole_factor(a_whole, a_whole_low, EXACT)
+                    den += tl.sum(q.to(tl.float32) * right_z[None, :], 1) * from_right
             if FORWARD:
                 s = s * whole_factor(a_whole, a_whole_low, EXACT)
         for i in tl.static_range(0, CB, BT):
@@ -135,8 +127,7 @@ def outputs_kernel(
                 onto = factor(a_whole, a_whole_low, a_col, a_col_low, EXACT)
                 s = tl.dot(k_t, (v.to(tl.float32) * onto[:, None]).to(COMPUTE), s, input_precision=PRECISION)
                 if SCALED:
-                    both = tl.where(even[None, :], onto[:, None], 0.0)
-                    z = tl.dot(k_t, both.to(COMPUTE), z, input_precision=PRECISION)
+                    z += tl.sum(k.to(tl.float32) * onto[:, None], 0)
         if SCALED:
             if MASKED:
                 den = tl.where(real, den, 0.0)

@@ -36,7 +36,7 @@ class Plan:
 
 # forward and backward plans by compute dtype and width
 FORWARD = {
-    ("half", 64): Plan(128, 64, 128, 8, 8, 2, 8, 3),
+    ("half", 64): Plan(64, 64, 64, 8, 4, 1, 8, 3),
     ("half", 128): Plan(64, 64, 64, 8, 8, 1, 8, 2),
     ("full", 64): Plan(32, 32, 32, 8, 4, 1, 4, 1),
     ("full", 128): Plan(32, 32, 32, 8, 8, 1, 8, 1),

@@ -28,7 +28,7 @@ def states_kernel(
     sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb, length, H, NB, NSEG, blocks_per_segment, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
     ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    LEFTWARD: tl.constexpr, RIGHTWARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    LEFTWARD: tl.constexpr, RIGHTWARD: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Sums of x y^T that enter each block from the right, decayed to the block's border, and over each whole segment in both directions.
 
@@ -36,24 +36,26 @@ def states_kernel(
     and the numerator's gradient, dy / (den + eps) where DIVIDED; from the right by the forward decays, from the left by the backward ones;
     the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
 
-    A program walks over one segment of blocks from right to left. S: (B H, NB, D, DV), what enters each block as the segment alone makes it
-    (LEFTWARD); Z: (B H, NB, D) the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's end to the
-    block's. SEG, SEG_Z: (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD),
-    then to the left; SEG_T: (2, B H, NSEG), their log decays. Grid (H NSEG B,), heads fastest.
+    A program walks over one segment of blocks from right to left, and where WALKS = 2 another one from left to right. S: (B H, NB, D, DV),
+    what enters each block as the segment alone makes it (LEFTWARD), and beside it what enters from the left where WALKS = 2; Z: (B H, NB, D)
+    the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's edge to the block's. SEG, SEG_Z:
+    (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD), then to the left;
+    SEG_T: (2, B H, NSEG), their log decays. Grid (WALKS H NSEG B,), walks fastest, then heads.
     """
-    pid = tl.program_id(0)
+    walk = tl.program_id(0) % WALKS  # 0: from right to left
+    pid = tl.program_id(0) // WALKS
     h = pid % H
     segment = (pid // H) % NSEG
     b = (pid // H // NSEG).to(tl.int64)
     bh = b * H + h
-    BH = tl.num_programs(0) // NSEG
+    BH = tl.num_programs(0) // (NSEG * WALKS)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     r = tl.arange(0, BT)
-    column = tl.arange(0, 16)
     acc = tl.zeros((BD, BDV), tl.float32)
     seg = tl.zeros((BD, BDV), tl.float32)
-    z = tl.zeros((BD, 16), tl.float32)  # the first column goes to the left, the second to the right
+    z = tl.zeros((BD,), tl.float32)
+    seg_z = tl.zeros((BD,), tl.float32)
     log_left = tl.zeros((), tl.float32)
     log_right = tl.zeros((), tl.float32)
     zero = tl.zeros((), tl.int64)
@@ -63,27 +65,25 @@ def states_kernel(
     right: tl.constexpr = 1 - left
     cell = d[:, None] * DV + dv[None, :]
     in_cell = (d[:, None] < D) & (dv[None, :] < DV)
-    z_cell = tl.broadcast_to(d[:, None], (BD, 16))
-    in_left = (d[:, None] < D) & (column[None, :] == 0)
-    in_right = (d[:, None] < D) & (column[None, :] == 1)
-    sums_left = (left * BH + bh) * (NB * CB)
+    own = tl.where(walk == 0, left, right)
+    sums_own = (own * BH + bh) * (NB * CB)
     sums_right = (right * BH + bh) * (NB * CB)
-    total_left = TOTALS + (left * BH + bh) * NB
+    total_own = TOTALS + (own * BH + bh) * NB
     total_right = TOTALS + (right * BH + bh) * NB
     LOW_PART = 2 * BH * NB
     for n in range(first, last):
-        block = first + last - 1 - n
-        whole_left = tl.load(total_left + block)
-        whole_left_low = tl.load(total_left + LOW_PART + block) if EXACT else 0.0
+        block = tl.where(walk == 0, first + last - 1 - n, n)
+        whole = tl.load(total_own + block)
+        whole_low = tl.load(total_own + LOW_PART + block) if EXACT else 0.0
         if LEFTWARD:
-            state = bh * NB + block
+            state = (walk * BH + bh) * NB + block
             tl.store(S + state * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
             if SCALED:
-                tl.store(Z + state * D + z_cell, z, mask=in_left)
+                tl.store(Z + state * D + d, z, mask=d < D)
             tl.store(T + state, log_left)
-        keep = whole_factor(whole_left, whole_left_low, EXACT)
+        keep = whole_factor(whole, whole_low, EXACT)
         acc = acc * keep
-        z = z * tl.where(column == 0, keep, 1.0)[None, :]
+        z = z * keep
         if RIGHTWARD:
             whole_right = tl.load(total_right + block)
             whole_right_low = tl.load(total_right + LOW_PART + block) if EXACT else 0.0
@@ -95,49 +95,52 @@ def states_kernel(
             in_y = ok[:, None] & (dv[None, :] < DV)
             x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=ok[:, None] & (d[None, :] < D), other=0.0)
             y = tl.load(Y + b * syb + h * syh + start * syl + (r[:, None] * syl + dv[None, :]), mask=in_y, other=0.0)
-            x_t = tl.trans(x.to(COMPUTE))
+            x = x.to(COMPUTE)
+            x_t = tl.trans(x)
             y = y.to(tl.float32)
             dot = tl.full((BT,), 1.0, tl.float32)
-            scale = dot
             if ADJOINT and SCALED:
                 token = bh * length + start + r
                 if DIVIDED:
-                    scale = 1.0 / (tl.load(GRAD_SCALE + token, mask=ok, other=1.0) + eps)
+                    y = y * (1.0 / (tl.load(GRAD_SCALE + token, mask=ok, other=1.0) + eps))[:, None]
+                    y = y.to(COMPUTE).to(tl.float32)  # as it enters products: the two parts of a gradient cancel with the same rounding
                     o = tl.load(OUT + b * sob + h * soh + start * sol + (r[:, None] * sol + dv[None, :]), mask=in_y, other=0.0)
-                    dot = -tl.sum(y * o.to(tl.float32), 1) * scale
+                    dot = -tl.sum(y * o.to(tl.float32), 1)
                     tl.store(DOT + token, dot, mask=start + r < length)
                 else:
                     dot = tl.load(DOT + token, mask=ok, other=0.0)
-            to_left = dot
-            to_right = dot
             if LEFTWARD:
-                e = factor(tl.load(HIGH + sums_left + start + r), tl.load(LOW + sums_left + start + r) if EXACT else 0.0, 0.0, 0.0, EXACT)
-                to_left = e * dot
-                acc = tl.dot(x_t, (y * (e * scale)[:, None]).to(COMPUTE), acc, input_precision=PRECISION)
+                e = tl.load(HIGH + sums_own + start + r)
+                e = tl.where(walk == 0, e, whole - e)
+                if EXACT:
+                    e_low = tl.load(LOW + sums_own + start + r)
+                    e += tl.where(walk == 0, e_low, whole_low - e_low)
+                e = tl.exp2(tl.where(e > 0, 0.0, e))
+                if SCALED:
+                    z += tl.sum(x.to(tl.float32) * (e * dot)[:, None], 0)
+                acc = tl.dot(x_t, (y * e[:, None]).to(COMPUTE), acc, input_precision=PRECISION)
             if RIGHTWARD:
                 e = whole_right - tl.load(HIGH + sums_right + start + r) + log_right
                 if EXACT:
                     e += whole_right_low - tl.load(LOW + sums_right + start + r)
                 e = tl.exp2(tl.where(e > 0, 0.0, e))
-                to_right = e * dot
-                seg = tl.dot(x_t, (y * (e * scale)[:, None]).to(COMPUTE), seg, input_precision=PRECISION)
-            if SCALED:
-                both = tl.where((column == 0)[None, :], to_left[:, None], to_right[:, None])
-                z = tl.dot(x_t, both.to(COMPUTE), z, input_precision=PRECISION)
-        log_left += whole_left
+                if SCALED:
+                    seg_z += tl.sum(x.to(tl.float32) * (e * dot)[:, None], 0)
+                seg = tl.dot(x_t, (y * e[:, None]).to(COMPUTE), seg, input_precision=PRECISION)
+        log_left += whole
         if RIGHTWARD:
             log_right += whole_right
     state = bh * NSEG + segment
     if RIGHTWARD:
         tl.store(SEG + state * (D * DV) + cell, seg, mask=in_cell)
         if SCALED:
-            tl.store(SEG_Z + state * D + z_cell, z, mask=in_right)
+            tl.store(SEG_Z + state * D + d, seg_z, mask=d < D)
         tl.store(SEG_T + state, log_right)
     if LEFTWARD:
-        state += BH * NSEG
+        state += tl.where(walk == 0, BH * NSEG, 0)
         tl.store(SEG + state * (D * DV) + cell, acc, mask=in_cell)
         if SCALED:
-            tl.store(SEG_Z + state * D + z_cell, z, mask=in_left)
+            tl.store(SEG_Z + state * D + d, z, mask=d < D)
         tl.store(SEG_T + state, log_left)
 
 
