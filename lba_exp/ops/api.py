@@ -12,7 +12,7 @@ from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
 from lba_exp.ops.ranks import check_group
 from lba_exp.ops.recurrent import recurrent
-from lba_exp.ops.sequence_parallel import from_other_ranks
+from lba_exp.ops.sequence_parallel import add_other_ranks
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
 MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
@@ -125,8 +125,7 @@ def run_form(
             chunk_size=chunk_size,
         )
         if sequence_group is not None:
-            more, more_den = from_other_ranks(q, k, v, forward, backward, directions=directions, with_den=with_den, group=sequence_group)
-            num, den = num + more, den + more_den if with_den else None
+            num, den = add_other_ranks(num, den, q, k, v, forward, backward, directions=directions, group=sequence_group)
         return num, den
 
 

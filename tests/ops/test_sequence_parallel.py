@@ -16,6 +16,7 @@ from lba_exp.ops import (
     CONVENTIONS,
     bidirectional_linear_attention,
     bidirectional_linear_attention_parts,
+    sequence_parallel,
     step_log_decays,
 )
 from tests.ops.compare import TOLERANCE, Case, error, gradients, leaves
@@ -97,6 +98,7 @@ def wrong_gates(group, cuts, convention):
 def process(rank, folder):
     """One of four; writes what it found."""
     torch.set_num_threads(1)
+    sequence_parallel.SLICE_ELEMENTS = 2 * 3 * 5 * 4  # slices of four tokens
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
     groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
     found = {}
