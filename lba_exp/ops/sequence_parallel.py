@@ -140,7 +140,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Enter(torch.autograd.Function):
-    """Numerator and denominator with what the state ``(B, H, Dk, Dv)`` adds that enters a block at its first border; ``in_place`` or not."""
+    """Numerator and denominator with what the state ``(B, H, Dk, Dv)`` adds that enters a block at its first border."""
 
     @staticmethod
     def forward(ctx, num, den, q, state, steps, reverse, in_place):
