@@ -123,8 +123,8 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     if cfg.sequence_parallel_size > 1:
         if not isinstance(built.model, MixerStack):
             raise ConfigError(
-                f"sequence_parallel_size={cfg.sequence_parallel_size} does not go with model.kind={cfg.model.kind}, which is no MixerStack: "
-                "give a model of this package, or 1."
+                f"sequence_parallel_size={cfg.sequence_parallel_size} does not go with model.kind={cfg.model.kind}, which is no "
+                "MixerStack: give a model of this package, or 1."
             )
         built.split_sequences(cfg.sequence_parallel_size)
     return built

@@ -127,7 +127,7 @@ def _check_sequence_parallel(cfg: DictConfig) -> None:
     if cfg.compile:
         raise ConfigError(f"{what} does not go with compile=true, which does not compile what devices send each other: give compile=false.")
     if cfg.parity.mode == "strict":
-        raise ConfigError(f"{what} does not go with parity=strict, as no device has a whole sequence to compare forms on: give parity=check.")
+        raise ConfigError(f"{what} does not go with parity=strict, as no device has a whole sequence to compare on: give parity=check.")
     if not (strategy in ("auto", "fsdp2") or strategy.startswith("ddp")):
         raise ConfigError(f"{what} does not go with trainer.strategy={strategy}: give trainer=ddp or trainer=fsdp.")
 

@@ -9,20 +9,22 @@ from torch import distributed as dist
 from tests import forked
 
 
-def _process(function, rank: int, ranks: int, folder: str) -> None:
+def _process(function, rank: int, ranks: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=100))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=100))
     found = function(rank)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()
 
 
-def on_ranks(function, folder, ranks: int = 4, limit: float = 200.0) -> list:
-    """``function(rank)``, of a test's module, in processes that can talk through gloo: what each returns, by way of JSON."""
+def on_ranks(function, folder, ranks: int = 4, limit: float = 200.0, backend: str = "gloo") -> list:
+    """``function(rank)``, of a test's module, in processes that talk through gloo (or nccl, a GPU each): what each returns, as JSON."""
     forked._serve()
-    processes = [forked.CONTEXT.Process(target=_process, args=(function, rank, ranks, str(folder))) for rank in range(ranks)]
+    processes = [forked.CONTEXT.Process(target=_process, args=(function, rank, ranks, str(folder), backend)) for rank in range(ranks)]
     for process in processes:
         process.start()
     try:

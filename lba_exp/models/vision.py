@@ -78,7 +78,7 @@ class VisionTransformer(Pretrained, MixerStack):
 
         Args:
             inputs: (B, channels, height, width) of a floating dtype, of the model's image size. Where there is no positional embedding,
-                and the mixers are not bound to a grid, any multiple of the patch size will do.
+                and the mixers are not bound to a grid, any multiple of the patch size will do. Split over ranks: whole rows of patches.
             padding_mask: (B, patches) bool, False at patches that are to be left out, in row-major order; None where none are.
 
         Returns:

@@ -169,7 +169,7 @@ def bidirectional_linear_attention(
     sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
         own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
         direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
-        gradient is this rank's share, to be summed. ``step_log_decays`` takes the same group.
+        gradient is this rank's share, to be summed. ``step_log_decays`` takes the same group. First derivatives only, whatever the form.
 
     Returns ``(B, L, H, Dv)`` in the dtype of v. Raises ValueError, naming the argument, for shapes, dtypes, devices and names that do not
     fit, and in eager mode on CPU for positive log decays (no check under ``torch.compile`` or on CUDA, where it would cost a pause).

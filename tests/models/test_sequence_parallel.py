@@ -91,14 +91,14 @@ def outputs(model, batch, targets):
     return logits, F.cross_entropy(logits, batch["labels"][selected], reduction="sum") / targets
 
 
-def worst_error(config, padded, group, cuts):
+def worst_error(config, padded, group, cuts, device="cpu"):
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
-    model = create(config).double()
+    model = create(config).double().to(device)
     with torch.no_grad():
         for parameter in model.parameters():  # no zeros, no ones
             parameter += 0.1 * torch.randn_like(parameter)
-    batch = batch_of(config, padded)
+    batch = {name: value.to(device) for name, value in batch_of(config, padded).items()}
     tokens, targets = batch["labels"].ndim > 1, int((batch["labels"] != -100).sum())
     split = copy.deepcopy(model)
     torch.manual_seed(7)
@@ -114,7 +114,7 @@ def worst_error(config, padded, group, cuts):
     found, share = outputs(split, own, targets)
     share.backward()
     if tokens:
-        places = torch.arange(LENGTH).expand(BATCH, -1)[batch["labels"] != -100]
+        places = torch.arange(LENGTH, device=device).expand(BATCH, -1)[batch["labels"] != -100]
         logits = logits[(places >= cuts[rank]) & (places < cuts[rank + 1])]
     whole_loss = share.detach().clone()
     dist.all_reduce(whole_loss, group=group)

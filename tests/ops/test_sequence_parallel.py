@@ -61,7 +61,7 @@ def worst_error(case, form, group, cuts):
     for number, y in enumerate(found):
         generator = torch.Generator().manual_seed(number)
         weights = torch.rand(expected[number].shape, generator=generator, dtype=torch.float64) - 0.5
-        total = total + (y.double() * share(weights.to(case.dtype), rank, cuts).double()).sum()
+        total = total + (y.double() * share(weights.to(y.device, case.dtype), rank, cuts).double()).sum()
     wanted = [x for x in mine if x is not None]
     grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     for x, e in zip(mine, gradient, strict=True):
