@@ -121,10 +121,10 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     if cfg.compile:
         built.compile_model()
     if cfg.sequence_parallel_size > 1:
-        if not isinstance(built.model, MixerStack):
+        if not isinstance(built.model, MixerStack) or not hasattr(built, "split_sequences"):
             raise ConfigError(
-                f"sequence_parallel_size={cfg.sequence_parallel_size} does not go with model.kind={cfg.model.kind}, which is no "
-                "MixerStack: give a model of this package, or 1."
+                f"sequence_parallel_size={cfg.sequence_parallel_size} does not go with model.kind={cfg.model.kind} and task={cfg.task}: "
+                "give a model and a task of this package, or made from one, or 1."
             )
         built.split_sequences(cfg.sequence_parallel_size)
     return built

@@ -184,6 +184,7 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         try:
             trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
         except (MisconfigurationException, ValueError) as error:

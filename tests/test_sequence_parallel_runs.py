@@ -1,9 +1,13 @@
 """A run whose sequences are split over devices is the run on one: the same losses and metrics, each sample counted once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import lba_exp
+from lba_exp.callbacks.divergence import _samples
+from lba_exp.data.loader import EpochOrder
 from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from tests import forked
@@ -88,6 +92,15 @@ def test_what_cannot_be_split_is_one_sentence(overrides, said):
 def test_devices_that_do_not_divide_are_named():
     with pytest.raises(ConfigError, match="sequence_parallel_size=2 does not divide the number of devices, 1"):
         lba_exp.train(lba_exp.compose([*SMALL, "sequence_parallel_size=2", "folder=run"]), quiet=True)
+
+
+def test_the_samples_of_devices_that_share_them_are_named():
+    first, second = (
+        EpochOrder(20, 3, seed=0, shuffle=True, drop_last=False, rank=rank, world_size=2, equal_shards=True) for rank in range(2)
+    )
+    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(order=first), world_size=4)
+    named = [_samples(trainer, 0, 1, device) for device in range(4)]
+    assert named == [order.batches(0)[1].tolist() for order in (first, first, second, second)]
 
 
 def test_split_sequences_make_no_other_run():

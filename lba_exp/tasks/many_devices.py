@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
@@ -97,6 +98,10 @@ class SequenceSplit:
         """Tells the model of its group; call it in ``configure_model``, on all devices. Raises ConfigError, naming a layer that cannot."""
         if self.size == 1:
             return
+        if is_overridden("on_before_batch_transfer", trainer.datamodule):  # Lightning would call that one, and no batch would be split
+            raise ConfigError(
+                f"sequence_parallel_size={self.size} does not go with an on_before_batch_transfer of the data module: leave it out."
+            )
         if self._group is None:  # beside the one that gradients are joined in
             self._group, _ = torch.distributed.new_subgroups(self.size)
         try:
