@@ -1,5 +1,6 @@
 """A run whose sequences are split over devices is the run on one: the same losses and metrics, each sample counted once."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from lba_exp.errors import ConfigError
 from lba_exp.results import naming
 from tests import forked
 from tests.conftest import SMALL
-from tests.test_many_devices import curve, finished
+from tests.test_family import VIT
+from tests.test_many_devices import curve, finished, same
 
 RUN = [
     *[o for o in SMALL if "batch_size" not in o],
@@ -68,7 +70,31 @@ def text(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices,split,strategy", [(4, 2, "ddp"), (4, 4, "ddp"), (2, 2, "fsdp2")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=lion_d", *VIT, "model.width=16"],
+        ["model=lion_s_hippo", "model.norm=batch", "model.gradient_checkpointing=true", "trainer.precision=64-true"],
+    ],
+    ids=["image", "batch norm"],
+)
+def test_other_models_and_settings(tmp_path, overrides):
+    both(tmp_path, overrides)
+
+
+@pytest.mark.slow
+def test_a_split_run_goes_on_on_one_device(tmp_path):
+    """Killed in mid-epoch, with branches that samples skip: as the first of the devices draws them."""
+    run = [*RUN, "model.drop_path=0.5", "model.depth=2", "checkpoint.every_n_steps=2", "trainer.max_epochs=2"]
+    many = [*run, "trainer.strategy=ddp", "sequence_parallel_size=2"]
+    assert forked.run_on_many(tmp_path, many, kill=(1, ("on_train_batch_start", 3)))[1][0] == -signal.SIGKILL
+    (tmp_path / "one").mkdir()
+    finished([forked.run(tmp_path, run), forked.run(tmp_path / "one", run)])
+    same(curve(tmp_path), curve(tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices,split,strategy", [(4, 2, "ddp"), (4, 4, "ddp"), (2, 2, "fsdp2"), (4, 2, "fsdp2")])
 def test_targets_of_split_texts_count_once(tmp_path, text, devices, split, strategy):
     """Blocks of two to four tokens, some without a target; beside, two devices with batches of their own."""
     both(tmp_path, [*text, "trainer.accumulate_grad_batches=2"], devices, split, strategy)

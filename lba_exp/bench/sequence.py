@@ -56,7 +56,7 @@ class SequenceSettings:
 
 
 def run(settings: SequenceSettings) -> dict[str, Any]:
-    """Starts a process a rank, and returns what ``measure`` finds; ConfigError where there are too few devices or tokens."""
+    """Starts a process a rank, and returns what ``measure`` finds; ConfigError for too few devices, tokens or bytes, or a form not to be had."""
     if settings.form not in ops.FORMS:
         raise ConfigError(f"--form {settings.form}: give one of {', '.join(ops.FORMS)}.")
     if settings.device == "cuda" and torch.cuda.device_count() < settings.ranks:
@@ -65,7 +65,13 @@ def run(settings: SequenceSettings) -> dict[str, Any]:
         raise ConfigError(f"--length, --check-length: give at least {settings.ranks} tokens, one a rank.")
     with tempfile.TemporaryDirectory() as folder:
         # not spawn, whose processes may abort in gloo's destructors as they end
-        torch.multiprocessing.start_processes(_process, (settings, folder), settings.ranks, start_method="forkserver")
+        try:
+            torch.multiprocessing.start_processes(_process, (settings, folder), settings.ranks, start_method="forkserver")
+        except torch.multiprocessing.ProcessRaisedException as error:
+            kind, _, said = str(error).strip().splitlines()[-1].partition(": ")
+            if kind != "ValueError" and not kind.endswith("OutOfMemoryError"):
+                raise
+            raise ConfigError(f"this sequence cannot be measured here ({said.rstrip('.')}).") from None
         return json.loads((Path(folder) / "found.json").read_text("utf-8"))
 
 
