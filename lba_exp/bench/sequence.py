@@ -56,7 +56,7 @@ class SequenceSettings:
 
 
 def run(settings: SequenceSettings) -> dict[str, Any]:
-    """Starts a process a rank, and returns what ``measure`` finds; ConfigError for too few devices, tokens or bytes, or a form not to be had."""
+    """Starts a process a rank, and returns what ``measure`` finds; ConfigError for too few devices, tokens or bytes, or no such form."""
     if settings.form not in ops.FORMS:
         raise ConfigError(f"--form {settings.form}: give one of {', '.join(ops.FORMS)}.")
     if settings.device == "cuda" and torch.cuda.device_count() < settings.ranks:
