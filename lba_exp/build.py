@@ -34,6 +34,7 @@ from lba_exp.devices.signals import Requests
 from lba_exp.errors import ConfigError
 from lba_exp.models.pretrained import create
 from lba_exp.models.vision import patch_grid
+from lba_exp.nn.blocks import MixerStack
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
 
@@ -119,6 +120,13 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     )
     if cfg.compile:
         built.compile_model()
+    if cfg.sequence_parallel_size > 1:
+        if not isinstance(built.model, MixerStack) or not hasattr(built, "split_sequences"):
+            raise ConfigError(
+                f"sequence_parallel_size={cfg.sequence_parallel_size} does not go with model.kind={cfg.model.kind} and task={cfg.task}: "
+                "give a model and a task of this package, or made from one, or 1."
+            )
+        built.split_sequences(cfg.sequence_parallel_size)
     return built
 
 
@@ -180,6 +188,17 @@ def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Train
         raise ConfigError(f"trainer: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
+def replicas(cfg: DictConfig, trainer: pl.Trainer) -> int:
+    """Devices that get batches of their own; ConfigError where those that share sequences do not make up all devices."""
+    shared = cfg.sequence_parallel_size
+    if trainer.world_size % shared:
+        raise ConfigError(
+            f"sequence_parallel_size={shared} does not divide the number of devices, {trainer.world_size}: give trainer.devices={shared}, "
+            "or another multiple of it."
+        )
+    return trainer.world_size // shared
+
+
 def batch_size(cfg: DictConfig, trainer: pl.Trainer) -> int:
     """Sequences per batch on one device.
 
@@ -189,12 +208,13 @@ def batch_size(cfg: DictConfig, trainer: pl.Trainer) -> int:
     whole, accumulate = cfg.data.global_batch_size, trainer.accumulate_grad_batches
     if whole is None:
         return cfg.data.batch_size
-    pieces = trainer.world_size * accumulate
+    devices = replicas(cfg, trainer)
+    pieces = devices * accumulate
     if whole % pieces:
         near = [n for n in (whole // pieces * pieces, (whole // pieces + 1) * pieces) if n > 0]
         batches = f" x {accumulate} batches a step (trainer.accumulate_grad_batches)" if accumulate > 1 else ""
         raise ConfigError(
-            f"data.global_batch_size={whole} does not divide among {trainer.world_size} devices{batches}: "
+            f"data.global_batch_size={whole} does not divide among {devices} devices{batches}: "
             f"give {' or '.join(map(str, near))}, or another number of devices."
         )
     return whole // pieces

@@ -56,6 +56,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
     _check_fit(cfg)
     _check_trainer(cfg.trainer)
+    if cfg.sequence_parallel_size > 1:
+        _check_sequence_parallel(cfg)
     if cfg.trainer.strategy == "fsdp2" and cfg.data.eval_batch_size == 1:
         raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
@@ -114,6 +116,20 @@ def _check_mixer(mixer: DictConfig) -> None:
         conflict = softmax_conflict(settings, vars(MixerSchema()))
     if conflict:
         raise ConfigError(f"model.mixer.{conflict}.")
+
+
+def _check_sequence_parallel(cfg: DictConfig) -> None:
+    what, mixer, strategy = f"sequence_parallel_size={cfg.sequence_parallel_size}", cfg.model.mixer, str(cfg.trainer.strategy)
+    if mixer.kind == "softmax":
+        raise ConfigError(f"{what} does not go with softmax attention (model={cfg.model.name}): give a model of linear attention, or 1.")
+    if mixer.kind == "linear" and mixer.scan != "raster":
+        raise ConfigError(f"{what} does not go with model.mixer.scan={mixer.scan}, which reads tokens in another order: give raster, or 1.")
+    if cfg.compile:
+        raise ConfigError(f"{what} does not go with compile=true, which does not compile what devices send each other: give compile=false.")
+    if cfg.parity.mode == "strict":
+        raise ConfigError(f"{what} does not go with parity=strict, as no device has a whole sequence to compare on: give parity=check.")
+    if not (strategy in ("auto", "fsdp2") or strategy.startswith("ddp")):
+        raise ConfigError(f"{what} does not go with trainer.strategy={strategy}: give trainer=ddp or trainer=fsdp.")
 
 
 def _check_trainer(trainer: DictConfig) -> None:

@@ -229,6 +229,9 @@ class RunSchema:
     init_from: str | None = setting(None, "checkpoint, or model.safetensors of a model folder, to take weights from, and nothing else")
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
     compile: bool = setting(False, "compile the model's blocks with torch.compile, for training, validation and test")
+    sequence_parallel_size: int = setting(
+        1, "devices that share each sequence, a block of consecutive tokens each; divides the number of devices", low=1
+    )
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)

@@ -128,10 +128,11 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     requests = Requests()
     parts = build.Parts(cfg, folder, requests, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
-    data.batch_size = build.batch_size(cfg, trainer)
+    replicas = build.replicas(cfg, trainer)
+    data.batch_size, data.sequence_parallel_size = build.batch_size(cfg, trainer), cfg.sequence_parallel_size
     if rank_zero_only.rank == 0:
         _set_aside(cfg, folder, console)
-    record = _head(cfg, folder, task, trainer, data)
+    record = _head(cfg, folder, task, trainer, data, replicas)
     trainer.loggers = logs = build.loggers(cfg, folder)
     code = 1
     with log_file(folder, first=rank_zero_only.rank == 0), requests.heard():
@@ -183,6 +184,7 @@ def _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record) 
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         try:
             trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
         except (MisconfigurationException, ValueError) as error:
@@ -260,7 +262,7 @@ def _begin(cfg: DictConfig, folder: Path) -> None:
     folders.write_atomically(folder / "overrides.yaml", OmegaConf.to_yaml(cfg.origin.overrides))
 
 
-def _head(cfg, folder, task, trainer, data) -> dict[str, Any]:
+def _head(cfg, folder, task, trainer, data, replicas) -> dict[str, Any]:
     model = task.model
     return {
         "status": "running",
@@ -282,7 +284,7 @@ def _head(cfg, folder, task, trainer, data) -> dict[str, Any]:
             "per_device": data.batch_size,
             "devices": trainer.world_size,
             "accumulated": trainer.accumulate_grad_batches,
-            "global": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+            "global": data.batch_size * replicas * trainer.accumulate_grad_batches,
         },
         "git": git_state(),
         "environment": build.describe_environment(trainer),

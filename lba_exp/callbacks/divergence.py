@@ -97,7 +97,7 @@ def _samples(trainer: pl.Trainer, epoch: int, number: int, device: int) -> list[
     order = copy.copy(getattr(trainer.train_dataloader, "order", None))
     if order is None:
         return []
-    order.rank = device
+    order.rank = device * order.world_size // trainer.world_size  # devices that share sequences have the same
     return order.batches(epoch)[number].tolist()
 
 

@@ -129,12 +129,7 @@ class Parity(pl.Callback):
         any measurement of the run failed, "not compared"), ``forms`` (the figures of the test, or of the last validation: ``split``),
         ``worst`` (the largest ``rel`` of all validations), ``failed`` (which measurements failed, and the sentence), and the settings.
         """
-        settings = {
-            "mode": self.mode,
-            "tolerance": self.tolerance,
-            "operator_tolerance": self.operator_tolerance,
-            "memory_budget_gib": self.memory_budget_gib,
-        }
+        settings = {name: getattr(self, name) for name in ("mode", "tolerance", "operator_tolerance", "memory_budget_gib")}
         final = self.test or self.last
         if final is None:
             return {"applicable": True, "verdict": NOT_COMPARED, "forms": {}, "worst": None, "failed": [], "validations": 0, **settings}
@@ -163,7 +158,7 @@ class Parity(pl.Callback):
         """The module's model, all of its weights on this device where they fit the budget: forms take different times from device to
         device, and would wait for each other's pieces."""
         model = _model(pl_module)
-        if model is None or not is_sharded(model) or self._over_budget(model):
+        if model is None or measure.is_split(model) or not is_sharded(model) or self._over_budget(model):
             return model
         if self._whole is None:
             self._whole = whole(model)
@@ -176,6 +171,8 @@ class Parity(pl.Callback):
         return f"the sharded weights need {needed:.3g} GiB on one device, more than the budget of {self.memory_budget_gib:g} GiB"
 
     def _not_applicable(self, model: nn.Module) -> str | None:
+        if measure.is_split(model):
+            return measure.SPLIT
         if len({*getattr(model, "forms", ()), getattr(model, "form", None)} - {None}) <= 1:
             return "the model has no second form to compare with"
         return self._over_budget(model) if is_sharded(model) else None
@@ -206,7 +203,7 @@ class Parity(pl.Callback):
             entry |= {"step": None, "epoch": None}
         if reason := self._not_applicable(model):
             entry |= {"applicable": False, "reason": reason, "forms": {}, "verdict": NOT_COMPARED, "sentence": None}
-            if split == "test" and split in self._batch and not is_sharded(model):
+            if split == "test" and split in self._batch and not is_sharded(model) and not measure.is_split(model):
                 with undisturbed(model):
                     entry |= self._cost(trainer, model, self._batch[split])
         elif split in self._batch:

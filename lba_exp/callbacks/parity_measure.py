@@ -19,6 +19,8 @@ from lba_exp.results.compare import run_form
 
 OPERATOR_SCORES = 2**25  # at most so many scores per layer in float64 (256 MiB), which decides on how many samples the operator is judged
 
+SPLIT = "no device has a whole sequence (sequence_parallel_size): lba-eval compares the forms of the trained weights on one"
+
 LayerShape = tuple[int, int, int, int]  # length, heads, key width, value width
 
 
@@ -63,6 +65,11 @@ def _precision_switches() -> list[tuple[Callable[[], Any], Callable[[Any], None]
         except RuntimeError:
             switches[-1] = (*attribute(torch.backends.cudnn.conv, "fp32_precision"), "ieee")
     return switches
+
+
+def is_split(model: nn.Module) -> bool:
+    """True where the tokens of a sequence lie on several devices."""
+    return getattr(model, "sequence_ranks", None) is not None
 
 
 def is_float32(model: nn.Module) -> bool:

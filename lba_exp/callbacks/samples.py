@@ -55,6 +55,8 @@ class Samples(pl.Callback):
         shown = getattr(trainer.datamodule, "shown", None)
         if batch_idx or dataloader_idx or not trainer.is_global_zero or shown is None or not isinstance(outputs, Mapping):
             return
+        if getattr(getattr(pl_module, "model", None), "sequence_ranks", None) is not None:
+            return  # a part of each sequence is here, and nothing to be looked at
         inputs = shown(batch["inputs"][: self.samples])
         if inputs is None:
             return

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, read
+from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, one, read, whole
 from lba_exp.commands.common import fail
 from lba_exp.errors import RunFolderError, UserError
 
@@ -35,44 +35,61 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     benches = parser.add_subparsers(required=True, metavar="BENCH")
-    one = benches.add_parser(
+    first = benches.add_parser(
         "operator",
         help="time, memory and error of the operator's forms, beside softmax attention",
         description="Time, peak memory and error of the operator's forms over a grid of cases, beside softmax attention in the same run.",
         allow_abbrev=False,
     )
-    one.set_defaults(run=operator)
-    one.add_argument("--forms", help="comma-separated forms of lba_exp.ops (all that run on the device, but auto)")
-    one.add_argument("--lengths", default="256,1024,4096", help="comma-separated sequence lengths, in tokens (%(default)s)")
-    one.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)} (%(default)s)")
-    one.add_argument("--decays", default=",".join(DECAYS), help=f"of {', '.join(DECAYS)}: vector is selective per channel (all)")
-    one.add_argument("--passes", default=",".join(PASSES), help="forward, both: both is forward and backward (all)")
-    one.add_argument("--batch", help="sequences B (1)")
-    one.add_argument("--tokens", metavar="N", help="in place of --batch: N / length sequences at every length")
-    one.add_argument("--heads", default="4", help="H (%(default)s)")
-    one.add_argument("--key-width", default="64", help="Dk (%(default)s)")
-    one.add_argument("--value-width", default="64", help="Dv (%(default)s)")
-    one.add_argument("--unscaled", action="store_true", help="without the division by the denominator")
-    one.add_argument("--direction", default="both", help=f"{', '.join(DIRECTIONS)} (%(default)s)")
-    one.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
-    one.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
-    one.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
-    one.add_argument("--repeats", default="5", help="turns of each form at each length (%(default)s)")
-    one.add_argument("--seconds", default="1", help="time that the turns of one form take together, at least one call each (%(default)s)")
-    one.add_argument("--no-softmax", action="store_true", help="without softmax attention")
-    one.add_argument("--memory-budget-gib", help="skip a form that needs more (what the device has free; on the CPU half of all)")
-    one.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figure.png")
-    two = benches.add_parser(
+    first.set_defaults(run=operator)
+    first.add_argument("--forms", help="comma-separated forms of lba_exp.ops (all that run on the device, but auto)")
+    first.add_argument("--lengths", default="256,1024,4096", help="comma-separated sequence lengths, in tokens (%(default)s)")
+    first.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)} (%(default)s)")
+    first.add_argument("--decays", default=",".join(DECAYS), help=f"of {', '.join(DECAYS)}: vector is selective per channel (all)")
+    first.add_argument("--passes", default=",".join(PASSES), help="forward, both: both is forward and backward (all)")
+    first.add_argument("--batch", help="sequences B (1)")
+    first.add_argument("--tokens", metavar="N", help="in place of --batch: N / length sequences at every length")
+    first.add_argument("--heads", default="4", help="H (%(default)s)")
+    first.add_argument("--key-width", default="64", help="Dk (%(default)s)")
+    first.add_argument("--value-width", default="64", help="Dv (%(default)s)")
+    first.add_argument("--unscaled", action="store_true", help="without the division by the denominator")
+    first.add_argument("--direction", default="both", help=f"{', '.join(DIRECTIONS)} (%(default)s)")
+    first.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
+    first.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    first.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
+    first.add_argument("--repeats", default="5", help="turns of each form at each length (%(default)s)")
+    first.add_argument("--seconds", default="1", help="time that the turns of one form take together, at least one call each (%(default)s)")
+    first.add_argument("--no-softmax", action="store_true", help="without softmax attention")
+    first.add_argument("--memory-budget-gib", help="skip a form that needs more (what the device has free; on the CPU half of all)")
+    first.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figure.png")
+    second = benches.add_parser(
         "presets",
         help="parameters, state, forms and their errors, time of a training step of the entries of conf/model",
         description="Entries of conf/model with fresh weights: parameters, state, errors of the forms, time of a training step.",
         allow_abbrev=False,
     )
-    two.set_defaults(run=presets)
-    two.add_argument("overrides", nargs="*", help="of the runs' configuration: model.width=192 data.source=...")
-    two.add_argument("--presets", help="comma-separated entries of conf/model (all)")
-    two.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
-    two.add_argument("--threads", type=int, help="of torch, on the CPU (as torch finds it)")
+    second.set_defaults(run=presets)
+    second.add_argument("overrides", nargs="*", help="of the runs' configuration: model.width=192 data.source=...")
+    second.add_argument("--presets", help="comma-separated entries of conf/model (all)")
+    second.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    second.add_argument("--threads", type=int, help="of torch, on the CPU (as torch finds it)")
+    third = benches.add_parser(
+        "sequence",
+        help="one long sequence over several GPUs against one GPU with its share of the tokens",
+        description="The operator on one long sequence over several devices (sequence_group): error, time and peak memory a device.",
+        allow_abbrev=False,
+    )
+    third.set_defaults(run=sequence)
+    third.add_argument("--ranks", default="2", help="devices (%(default)s)")
+    third.add_argument("--length", default="2097152", help="tokens of the sequence (%(default)s)")
+    third.add_argument("--check-length", default="16384", help="tokens of the sequence that is held against float64 (%(default)s)")
+    third.add_argument("--heads", default="4", help="H (%(default)s)")
+    third.add_argument("--width", default="64", help="Dk and Dv (%(default)s)")
+    third.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (%(default)s)")
+    third.add_argument("--form", default="chunkwise", help="of lba_exp.ops (%(default)s)")
+    third.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
+    third.add_argument("--repeats", default="5", help="calls that are timed (%(default)s)")
+    third.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
     return parser
 
 
@@ -100,6 +117,18 @@ def presets(args: argparse.Namespace, command: str) -> int:
     from lba_exp.bench import presets as bench
 
     bench.run(args.presets.split(",") if args.presets else None, args.overrides, device=args.device, threads=args.threads)
+    return 0
+
+
+def sequence(args: argparse.Namespace, command: str) -> int:
+    """``lba-bench sequence``: measure and print; returns the exit code."""
+    numbers = ("ranks", "length", "check_length", "heads", "width", "chunk_size", "repeats")
+    options: dict[str, Any] = {name: whole(name, getattr(args, name)) for name in numbers}
+    options |= {"dtype": one("dtype", args.dtype, DTYPES, "a dtype"), "device": one("device", args.device, ("cuda", "cpu"), "a device")}
+    from lba_exp.bench import sequence as bench
+
+    settings = bench.SequenceSettings(**options, form=args.form)
+    bench.show(settings, bench.run(settings))
     return 0
 
 

@@ -31,6 +31,7 @@ class SplitData(pl.LightningDataModule):
     def __init__(self, *, batch_size: int, eval_batch_size: int, workers: int, seed: int):
         super().__init__()
         self.batch_size, self.eval_batch_size, self.workers, self.seed = batch_size, eval_batch_size, workers, seed
+        self.sequence_parallel_size = 1  # devices that share each batch
         self._splits: dict[str, Sequence] | None = None
         self._spec: DataSpec | None = None
 
@@ -78,14 +79,15 @@ class SplitData(pl.LightningDataModule):
 
     def _loader(self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool) -> ResumableLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        shared = self.sequence_parallel_size
         return ResumableLoader(
             samples,
             batch_size,
             seed=self.seed,
             shuffle=shuffle,
             workers=self.workers,
-            rank=rank,
-            world_size=ranks,
+            rank=rank // shared,
+            world_size=ranks // shared,
             equal_shards=equal_shards,
             collate=self._collate,
         )

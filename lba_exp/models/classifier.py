@@ -110,7 +110,7 @@ class SequenceClassifier(Pretrained, MixerStack):
         if self.class_token is not None:
             x, padding_mask = self.class_token(x, padding_mask)
         x = self.run_blocks(x, padding_mask)
-        return pool(normalise(self.norm, x, padding_mask), padding_mask, self.pooling)
+        return pool(normalise(self.norm, x, padding_mask), padding_mask, self.pooling, self.sequence_ranks)
 
     def _check_inputs(self, inputs: Tensor, pair: str) -> None:
         shape, dimensions = tuple(inputs.shape), 3 if pair else 2
@@ -129,6 +129,8 @@ class TwoTowers(SequenceClassifier):
 
     From the two vectors a and b the classes are W2 GELU(W1 [a, b, a * b, a - b] + b1) + b2. Arguments as of ``SequenceClassifier``.
     """
+
+    token_dimension = 2
 
     def count_tokens(self, inputs: Tensor) -> int:
         return inputs.shape[0] * inputs.shape[1] * inputs.shape[2]

@@ -13,6 +13,7 @@ from lba_exp.models.pretrained import Pretrained
 from lba_exp.nn.blocks import MixerStack, make_blocks
 from lba_exp.nn.checks import check_padding_mask, check_positive
 from lba_exp.nn.embeddings import PositionalEmbedding, TokenTypes, symbol_embedding
+from lba_exp.nn.pooling import first_token
 
 
 class TextEncoder(MixerStack):
@@ -170,7 +171,7 @@ class TextClassifier(TextModel):
 
     def forward(self, inputs: Tensor, padding_mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """Logits (B, classes); arguments as of ``MaskedLM``."""
-        return self.head(self.dropout(self.pooler(self.encoder(inputs, padding_mask, token_types)[:, 0])))
+        return self.head(self.dropout(self.pooler(first_token(self.encoder(inputs, padding_mask, token_types), self.sequence_ranks))))
 
 
 @takes_arguments_of(TextEncoder, "token_types")

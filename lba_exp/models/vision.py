@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from lba_exp.nn.blocks import MixerStack, make_blocks
 from lba_exp.nn.checks import check_padding_mask, check_positive
 from lba_exp.nn.embeddings import ClassToken, PositionalEmbedding
 from lba_exp.nn.pooling import POOLINGS, pool
+from lba_exp.nn.sequence_ranks import block_bounds
 from lba_exp.ops.checks import choice
 
 
@@ -76,7 +78,7 @@ class VisionTransformer(Pretrained, MixerStack):
 
         Args:
             inputs: (B, channels, height, width) of a floating dtype, of the model's image size. Where there is no positional embedding,
-                and the mixers are not bound to a grid, any multiple of the patch size will do.
+                and the mixers are not bound to a grid, any multiple of the patch size will do. Split over ranks: whole rows of patches.
             padding_mask: (B, patches) bool, False at patches that are to be left out, in row-major order; None where none are.
 
         Returns:
@@ -96,15 +98,27 @@ class VisionTransformer(Pretrained, MixerStack):
         if self.positions is not None:
             x = self.positions(x)
         x = self.run_blocks(self.dropout(x), padding_mask)
-        return self.head(pool(self.norm(x), padding_mask, self.pooling))
+        return self.head(pool(self.norm(x), padding_mask, self.pooling, self.sequence_ranks))
 
     def count_tokens(self, inputs: Tensor) -> int:
         return inputs.shape[0] * (inputs.shape[2] // self.patch_size) * (inputs.shape[3] // self.patch_size)
 
+    def share(self, batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
+        """As in ``MixerStack``; a rank has whole rows of patches, and calls the model with that band of the image."""
+        inputs, mask = batch["inputs"], batch.get("padding_mask")
+        start, stop = block_bounds(inputs.shape[2] // self.patch_size, rank, size)
+        found = dict(batch) | {"inputs": inputs[:, :, start * self.patch_size : stop * self.patch_size]}
+        if mask is not None:
+            columns = inputs.shape[3] // self.patch_size
+            found["padding_mask"] = mask[:, start * columns : stop * columns]
+        return found
+
     def _check_inputs(self, inputs: Tensor) -> None:
         valid = inputs.ndim == 4 and inputs.shape[1] == self.channels and inputs.is_floating_point()
         if self.positions is not None:
-            valid = valid and tuple(inputs.shape[2:]) == self.image_size
+            ranks = self.sequence_ranks
+            height = inputs.shape[2] if ranks is None or not valid else sum(ranks.lengths(inputs.shape[2], inputs.device))
+            valid = valid and (height, inputs.shape[3]) == self.image_size and inputs.shape[2] % self.patch_size == 0
             expected = f"(B, {self.channels}, {self.image_size[0]}, {self.image_size[1]})"
         else:
             valid = valid and all(side >= self.patch_size and side % self.patch_size == 0 for side in inputs.shape[2:])

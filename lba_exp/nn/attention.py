@@ -12,6 +12,7 @@ from lba_exp.nn import hippo
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
 from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
+from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice, unchecked_decays
 from lba_exp.registry import FEATURE_MAPS, GATES
 
@@ -44,18 +45,19 @@ def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
     return nn.LayerNorm(width, eps=eps) if norm == "layer" else RMSNorm(width, eps=eps)
 
 
-def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None) -> Tensor:
+def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None, ranks: SequenceRanks | None = None) -> Tensor:
     """Sums of undecayed scores, sum_j q_i . k_j over the tokens that the direction reads: (B, L, H), at least float32, in linear time."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.to(dtype)
     if padding_mask is not None:
         k = k.masked_fill(~padding_mask[:, :, None, None], 0)
+    whole = k.sum(1, keepdim=True)
     if direction == "both":
-        total = k.sum(1, keepdim=True)
+        total = whole if ranks is None else ranks.sum(whole)
     elif direction == "forward":
-        total = k.cumsum(1)
+        total = k.cumsum(1) + (0 if ranks is None else ranks.before(whole))
     else:
-        total = k.flip(1).cumsum(1).flip(1)
+        total = k.flip(1).cumsum(1).flip(1) + (0 if ranks is None else ranks.after(whole))
     return (q.to(dtype) * total).sum(-1)
 
 
@@ -63,7 +65,8 @@ class LinearAttention(nn.Module):
     """Bidirectional linear attention: Y = Scale(phi(Q) phi(K)^T (.) M) V, then an output projection (arXiv 2502.16249, section 3).
 
     The mask M holds the products of the decays between two tokens. The form in which that is computed (parallel, recurrent,
-    chunkwise) is a switch, ``layer.form = "recurrent"``: same weights, same outputs.
+    chunkwise) is a switch, ``layer.form = "recurrent"``: same weights, same outputs. So is ``layer.sequence_ranks``: with the ranks of a
+    process group the layer's tokens are this rank's block of the sequence, and its outputs those of the whole sequence.
 
     Args:
         width: features per token, in and out.
@@ -95,6 +98,8 @@ class LinearAttention(nn.Module):
         ValueError: for a value that is not valid, or for two that do not fit together.
         lba_exp.errors.ConfigError: for an unknown feature map or gate.
     """
+
+    sequence_ranks: SequenceRanks | None = None
 
     def __init__(
         self,
@@ -179,6 +184,11 @@ class LinearAttention(nn.Module):
         return ("parallel",) if self.gate.expanding else tuple(ops.MODEL_FORMS)
 
     @property
+    def sequence_conflict(self) -> str | None:
+        """Why the tokens cannot lie on several ranks; None where they can."""
+        return None if self.scan == "raster" else f"scan={self.scan!r} reads the tokens in another order than they are stored in"
+
+    @property
     def form(self) -> str:
         return self._form
 
@@ -247,11 +257,13 @@ class LinearAttention(nn.Module):
             k = (k * (complement if complement.ndim in (2, 4) else complement[..., None])).to(v.dtype)
         if self.scale == "before":
             # Scale acts on rows: to divide the query by the row's sum is to divide the row
-            q = (q / (row_sums(q, k, self.direction, padding_mask) + EPS)[..., None]).to(v.dtype)
-        if self.open_first:
+            q = (q / (row_sums(q, k, self.direction, padding_mask, self.sequence_ranks) + EPS)[..., None]).to(v.dtype)
+        ranks = self.sequence_ranks
+        group = None if ranks is None else ranks.group
+        if self.open_first and (ranks is None or ranks.first):
             log_gate = torch.cat([torch.zeros_like(log_gate[:, :1]), log_gate[:, 1:]], dim=1)
         with self._values_unchecked():
-            forward_log_decay, backward_log_decay = ops.step_log_decays(log_gate, convention=self.convention)
+            forward_log_decay, backward_log_decay = ops.step_log_decays(log_gate, self.convention, sequence_group=group)
         return {
             "q": q,
             "k": k,
@@ -263,6 +275,7 @@ class LinearAttention(nn.Module):
             "direction": self.direction,
             "padding_mask": padding_mask,
             "chunk_size": self.chunk_size,
+            "sequence_group": group,
         }
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lba_exp import ops
 from lba_exp.nn.checks import check_positive
 from lba_exp.nn.feedforward import GLU, MLPS, DropPath, gelu_mlp, output_glu
 from lba_exp.nn.norms import BatchNorm, make_norm, normalise, recomputation
+from lba_exp.nn.sequence_ranks import SequenceRanks, block_bounds
 from lba_exp.ops.checks import choice
 
 NORM_POSITIONS = ("pre", "post")
@@ -103,15 +105,20 @@ class MixerStack(nn.Module):
     """Base of models that hold mixers: runs their blocks, has one form for all that have forms, and the state size of all together.
 
     A subclass sets ``self.blocks``, modules with a ``mixer`` each. A mixer has ``forms`` (empty where it has but one way of computing),
-    ``form`` where that is not empty, and ``state_size`` (None where a recurrent form would have no fixed one).
+    ``form`` where that is not empty, and ``state_size`` (None where a recurrent form would have no fixed one). One that can have its tokens
+    on several ranks has ``sequence_ranks``, and ``sequence_conflict``, None or why its settings do not allow it.
 
     Attributes:
+        sequence_ranks: the ranks that hold the sequences together, see ``set_sequence_group``; None: they are whole here.
+        token_dimension: of the inputs.
         gradient_checkpointing: keep only each block's input in training and compute the block again in the backward pass: the same
             gradients for less memory and about a third more time.
     """
 
     blocks: Sequence[nn.Module]
     gradient_checkpointing: bool = False
+    sequence_ranks: SequenceRanks | None = None
+    token_dimension = 1
     run_block: Callable[..., Tensor] = staticmethod(run_block)
 
     def run_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -163,6 +170,42 @@ class MixerStack(nn.Module):
             if mixer.forms:
                 mixer.form = form
         return previous
+
+    def set_sequence_group(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """Splits sequences over the ranks of a process group: each then calls the model with its own block of consecutive tokens, of any
+        length, and gets what the model on the whole sequences gives: logits of its own tokens, or, where a model pools them, the same
+        logits on every rank. None: sequences are whole again.
+
+        Every rank calls, with as many sequences, and takes part in the backward pass. The weights' gradients on the ranks are parts of the
+        gradient of the sum of all ranks' losses: average them (as DistributedDataParallel does) where every rank has the same loss, sum
+        them up where each has that of its own tokens.
+
+        Raises:
+            ValueError: a layer that cannot do that, named, or a group without this process. Nothing is changed then.
+        """
+        ranks = None if group is None else SequenceRanks(group)
+        for layer, mixer in enumerate(self.mixers if ranks is not None else ()):
+            unknown = None if hasattr(mixer, "sequence_ranks") else "it knows no other ranks"
+            if (reason := getattr(mixer, "sequence_conflict", unknown)) is not None:
+                raise ValueError(
+                    f"sequence_group: expected linear attention with scan='raster' in every layer, got {type(mixer).__name__} in layer "
+                    f"{layer}, whose tokens have to be on one device ({reason})"
+                )
+        for module in self.modules():
+            if hasattr(module, "sequence_ranks"):
+                module.sequence_ranks = ranks
+
+    def share(self, batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
+        """What a batch of whole sequences holds for one of ``size`` ranks: its block of all that has a value for each token, the rest as it
+        is; ValueError for fewer tokens than ranks."""
+        shape = batch["inputs"].shape[: self.token_dimension + 1]
+        start, stop = block_bounds(shape[-1], rank, size)
+
+        def own(value: Any) -> Any:
+            of_tokens = isinstance(value, Tensor) and value.shape[: len(shape)] == shape
+            return value.narrow(self.token_dimension, start, stop - start) if of_tokens else value
+
+        return {name: own(value) for name, value in batch.items()}
 
     @property
     def state_size(self) -> int | None:

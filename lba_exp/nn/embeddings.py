@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lba_exp.nn.checks import check_positive
+from lba_exp.nn.sequence_ranks import SequenceRanks
 
 
 def small_(weight: Tensor, deviation: float = 0.02) -> Tensor:
@@ -38,9 +39,13 @@ def channel_embedding(channels: int, width: int) -> nn.Linear:
 
 
 class PositionalEmbedding(nn.Module):
-    """Adds a learned vector to each position: (B, L, width) -> (B, L, width); ValueError for L above ``length``."""
+    """Adds a learned vector to each position: (B, L, width) -> (B, L, width); ValueError for L above ``length``.
+
+    Where the tokens lie on several ranks (``sequence_ranks``), L is that of the whole sequence, and positions go on from rank to rank.
+    """
 
     weight_decay_exempt = True
+    sequence_ranks: SequenceRanks | None = None
 
     def __init__(self, length: int, width: int):
         super().__init__()
@@ -48,16 +53,22 @@ class PositionalEmbedding(nn.Module):
         self.weight = nn.Parameter(small_(torch.empty(length, width)))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[1]
-        if length > len(self.weight):
-            raise ValueError(f"length: expected at most {len(self.weight)} tokens, the positional embedding's length, got {length}")
-        return x + self.weight[:length]
+        ranks = self.sequence_ranks
+        lengths, rank = ([x.shape[1]], 0) if ranks is None else (ranks.lengths(x.shape[1], x.device), ranks.rank)
+        if sum(lengths) > len(self.weight):
+            raise ValueError(f"length: expected at most {len(self.weight)} tokens, the positional embedding's length, got {sum(lengths)}")
+        start = sum(lengths[:rank])
+        return x + self.weight[start : start + x.shape[1]]
 
 
 class ClassToken(nn.Module):
-    """Puts one learned token first: (B, L, width) -> (B, L + 1, width), real under the padding mask, which is returned beside it."""
+    """Puts one learned token first: (B, L, width) -> (B, L + 1, width), real under the padding mask, which is returned beside it.
+
+    Where the tokens lie on several ranks (``sequence_ranks``), the first one gets it, and the others' stay (B, L, width).
+    """
 
     weight_decay_exempt = True
+    sequence_ranks: SequenceRanks | None = None
 
     def __init__(self, width: int):
         super().__init__()
@@ -65,6 +76,8 @@ class ClassToken(nn.Module):
         self.weight = nn.Parameter(small_(torch.empty(width)))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.sequence_ranks is not None and not self.sequence_ranks.first:
+            return x + self.weight[:0].sum().to(x.dtype), padding_mask  # zero: the weight has a gradient on every rank
         token = self.weight.to(x.dtype).expand(len(x), 1, -1)
         if padding_mask is not None:
             padding_mask = torch.cat([padding_mask.new_ones(len(x), 1), padding_mask], dim=1)

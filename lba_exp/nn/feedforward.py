@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lba_exp.nn.sequence_ranks import SequenceRanks
+
 MLPS = ("mlp", "glu", "output_glu")
 
 
@@ -40,7 +42,11 @@ class DropPath(nn.Module):
 
     Args:
         rate: probability of leaving it out, from 0 to below 1; what stays is divided by 1 - rate.
+
+    Where a sample's tokens lie on several ranks (``sequence_ranks``), they are left out together.
     """
+
+    sequence_ranks: SequenceRanks | None = None
 
     def __init__(self, rate: float):
         super().__init__()
@@ -54,6 +60,8 @@ class DropPath(nn.Module):
         if not self.training or not self.active:
             return x
         kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        if self.sequence_ranks is not None:
+            kept = self.sequence_ranks.of_first(kept.to(torch.uint8))
         return x * (kept / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lba_exp.nn.checks import check_padding_mask, check_positive
+from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice
 
 NORMS = ("layer", "batch")
@@ -29,14 +30,17 @@ def recomputation() -> Iterator[None]:
 class BatchNorm(nn.Module):
     """Normalises each feature over all real tokens of a batch (arXiv 1502.03167); in evaluation by the running statistics.
 
-    Padded tokens enter neither mean nor variance. Statistics are of one device's batch and computed in float32. A batch without a real
-    token leaves the running statistics as they are.
+    Padded tokens enter neither mean nor variance. Statistics are of one device's batch (of the whole sequences in it, where their tokens
+    lie on several ranks, ``sequence_ranks``) and computed in float32. A batch without a real token leaves the running statistics as they
+    are.
 
     Args:
         width: features per token.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics.
     """
+
+    sequence_ranks: SequenceRanks | None = None
 
     def __init__(self, width: int, *, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -57,10 +61,11 @@ class BatchNorm(nn.Module):
 
     def _statistics(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         weight = x.new_ones(*x.shape[:2], 1) if padding_mask is None else padding_mask.unsqueeze(-1).to(x.dtype)
-        total = weight.sum()
+        everywhere = (lambda y: y) if self.sequence_ranks is None else self.sequence_ranks.sum
+        total = everywhere(weight.sum())
         count = total.clamp(min=1)
-        mean = (x * weight).sum((0, 1)) / count
-        variance = ((x - mean).square() * weight).sum((0, 1)) / count
+        mean = everywhere((x * weight).sum((0, 1))) / count
+        variance = everywhere(((x - mean).square() * weight).sum((0, 1))) / count
         if not _recomputing.get():
             with torch.no_grad():
                 share = self.momentum * (total > 0)

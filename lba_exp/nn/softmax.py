@@ -30,6 +30,7 @@ class SoftmaxAttention(nn.Module):
 
     forms: tuple[str, ...] = ()
     state_size = None
+    sequence_conflict = "softmax attention reads every key and value of the sequence"
 
     def __init__(self, width: int, heads: int, *, feature_map: str = "identity", direction: str = "both", layer: int = 0):
         super().__init__()

@@ -12,7 +12,7 @@ from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
 from lba_exp.ops.ranks import check_group
 from lba_exp.ops.recurrent import recurrent
-from lba_exp.ops.sequence_parallel import from_other_ranks
+from lba_exp.ops.sequence_parallel import add_other_ranks
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
 MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
@@ -125,8 +125,7 @@ def run_form(
             chunk_size=chunk_size,
         )
         if sequence_group is not None:
-            more, more_den = from_other_ranks(q, k, v, forward, backward, directions=directions, with_den=with_den, group=sequence_group)
-            num, den = num + more, den + more_den if with_den else None
+            num, den = add_other_ranks(num, den, q, k, v, forward, backward, directions=directions, group=sequence_group)
         return num, den
 
 
@@ -170,7 +169,7 @@ def bidirectional_linear_attention(
     sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
         own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
         direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
-        gradient is this rank's share, to be summed. ``step_log_decays`` takes the same group.
+        gradient is this rank's share, to be summed. ``step_log_decays`` takes the same group. First derivatives only, whatever the form.
 
     Returns ``(B, L, H, Dv)`` in the dtype of v. Raises ValueError, naming the argument, for shapes, dtypes, devices and names that do not
     fit, and in eager mode on CPU for positive log decays (no check under ``torch.compile`` or on CUDA, where it would cost a pause).

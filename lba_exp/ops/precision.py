@@ -30,7 +30,8 @@ def first_derivative(backward: Callable) -> Callable:
     def run(ctx, grad, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the recurrent and chunkwise forms have first derivatives only, so no create_graph=True; form='parallel' has higher ones"
+                "the recurrent and chunkwise forms, and any with a sequence_group, have first derivatives only, so no create_graph=True; "
+                "form='parallel' has higher ones"
             )
         with no_autocast(grad.device):
             return backward(ctx, grad, *grads)

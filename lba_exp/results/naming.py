@@ -13,7 +13,14 @@ NEUTRAL = ("model", "seed", "name", "root", "folder", "resume", "experiments", "
 # Keys in which a run that goes on may differ from the run that was begun.
 FREE = ("root", "folder", "resume", "logger", "origin")
 # Where data.global_batch_size is given, on how many devices, and in which pieces, it is computed makes no other run.
-DEVICES = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate_grad_batches", "data.batch_size")
+DEVICES = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accumulate_grad_batches",
+    "data.batch_size",
+    "sequence_parallel_size",
+)
 LONGEST = 100
 ONLY = "-"  # in tables and records, the form of a model that has no forms
 

@@ -18,7 +18,7 @@ from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.blocks import CompiledBlocks, MixerStack
 from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.nn.inputs import further_inputs
-from lba_exp.tasks.many_devices import StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
+from lba_exp.tasks.many_devices import SequenceSplit, StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
 
 TRAIN_MEANS = "train_means"  # key of a checkpoint
@@ -84,6 +84,7 @@ class Classification(pl.LightningModule):
         self.val_loss, self.val_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
         self.test_loss, self.test_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
         self._targets = StepTargets()
+        self._split = SequenceSplit()
         self._trained = False  # whether the training means hold anything; the same on every device
 
     def compile_model(self) -> None:
@@ -93,6 +94,13 @@ class Classification(pl.LightningModule):
             self._blocks = CompiledBlocks(self.model)
         else:
             self._whole = torch.compile(self.model.forward)
+
+    def split_sequences(self, size: int) -> None:
+        """Sequences are split over ``size`` devices each from now on, see ``SequenceSplit``."""
+        self._split = SequenceSplit(size)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._split.share(self.trainer, self.model, batch)
 
     def logits(self, batch: dict[str, Tensor], **further: Tensor) -> Tensor:
         """What the model, compiled where that was asked for, gives for a batch; ``further`` arguments beside those in the batch."""
@@ -114,15 +122,19 @@ class Classification(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels = self.logits_and_labels(batch)
-        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.optim["label_smoothing"])
+        loss = mean_loss(logits, labels, self.optim["label_smoothing"])
         weight, self._trained = batch_weight(self.trainer, batch_idx), True
-        if weight:
+        if weight and self._counted(labels):
             self.train_loss.update(loss.detach(), len(logits))
             self.train_accuracy.update(logits.detach(), labels)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self.targets_vary:
             weight = self._targets.weight(self.trainer, batch_idx, len(labels) if weight else 0, loss.device)
         return loss if isinstance(weight, float) and weight == 1 else loss * weight
+
+    def _counted(self, labels: Tensor) -> bool:
+        """Whether metrics take this device's labels: each once, and a block of a sequence may hold none."""
+        return len(labels) > 0 and (self.targets_vary or self._split.counts(self.trainer))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.targets_vary and self.trainer.accumulate_grad_batches > 1:
@@ -149,6 +161,7 @@ class Classification(pl.LightningModule):
         compiled = self._whole is not None or self._blocks is not nullcontext
         if shard_where_wanted(self, compiled=compiled):  # blocks are then compiled there: the gathering of weights around them cannot be
             self._whole, self._blocks = None, nullcontext
+        self._split.join(self.trainer, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAIN_MEANS] = sums(self._train_means())
@@ -174,8 +187,9 @@ class Classification(pl.LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         logits, labels = self.logits_and_labels(batch)
         loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
-        loss.update(nn.functional.cross_entropy(logits.float(), labels), len(logits))
-        accuracy.update(logits, labels)
+        if self._counted(labels):
+            loss.update(mean_loss(logits, labels), len(logits))
+            accuracy.update(logits, labels)
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
         self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
@@ -190,6 +204,13 @@ class Classification(pl.LightningModule):
             optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def mean_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean cross entropy in float32, (n, classes) and (n,) -> (); 0 where n is 0."""
+    if not len(labels):
+        return logits.float().sum()
+    return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def hash_words(words: list[int]) -> bytes:

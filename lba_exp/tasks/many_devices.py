@@ -8,11 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from lba_exp.devices.sharding import shard
+from lba_exp.errors import ConfigError
 
 
 def batch_weight(trainer: pl.Trainer, batch_idx: int) -> float:
@@ -76,6 +78,49 @@ def shard_where_wanted(module: pl.LightningModule, *, compiled: bool) -> bool:
     if sharded:
         shard(module.model, strategy.device_mesh["data_parallel"], compiled=compiled)
     return sharded
+
+
+class SequenceSplit:
+    """Which devices share sequences, a block of consecutive tokens each: ``size`` consecutive ones.
+
+    All of them get the same batches. Where a loss is that of whole sequences it is the same on each, and where it is that of tokens,
+    ``StepTargets`` weighs the devices: either way the mean over all devices that a strategy forms of gradients is the step's own.
+
+    Args:
+        size: 1: none do.
+    """
+
+    def __init__(self, size: int = 1):
+        self.size = size
+        self._group: torch.distributed.ProcessGroup | None = None
+
+    def join(self, trainer: pl.Trainer, model: nn.Module) -> None:
+        """Tells the model of its group; call it in ``configure_model``, on all devices. Raises ConfigError, naming a layer that cannot."""
+        if self.size == 1:
+            return
+        if is_overridden("on_before_batch_transfer", trainer.datamodule):  # Lightning would call that one, and no batch would be split
+            raise ConfigError(
+                f"sequence_parallel_size={self.size} does not go with an on_before_batch_transfer of the data module: leave it out."
+            )
+        if self._group is None:  # beside the one that gradients are joined in
+            self._group, _ = torch.distributed.new_subgroups(self.size)
+        try:
+            model.set_sequence_group(self._group)
+        except ValueError as error:
+            raise ConfigError(f"sequence_parallel_size={self.size}: {error}.") from None
+
+    def share(self, trainer: pl.Trainer, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This device's part of a batch."""
+        if self.size == 1:
+            return batch
+        try:
+            return model.share(batch, trainer.global_rank % self.size, self.size)
+        except ValueError as error:
+            raise ConfigError(f"sequence_parallel_size={self.size}: {error}.") from None
+
+    def counts(self, trainer: pl.Trainer) -> bool:
+        """Whether this device's figures of whole sequences are counted: once for all that share them."""
+        return trainer.global_rank % self.size == 0
 
 
 def sums(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Tensor]]:

@@ -164,7 +164,7 @@ def test_a_bug_planted_in_the_operator_or_the_gates_shows(monkeypatch):
     layer, x = random_layer(), torch.randn(1, 5, 8, dtype=torch.float64)
     good = layer(x)
     steps = ops.step_log_decays
-    monkeypatch.setattr(ops, "step_log_decays", lambda log_gate, convention: steps(log_gate, convention="query"))
+    monkeypatch.setattr(ops, "step_log_decays", lambda log_gate, convention, **others: steps(log_gate, convention="query", **others))
     assert not torch.allclose(layer(x), good, rtol=1e-3)
 
 

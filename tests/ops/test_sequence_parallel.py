@@ -1,12 +1,7 @@
 """A sequence cut into blocks, one a process: outputs and gradients are those of one device."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +11,11 @@ from lba_exp.ops import (
     CONVENTIONS,
     bidirectional_linear_attention,
     bidirectional_linear_attention_parts,
+    sequence_parallel,
     step_log_decays,
 )
 from tests.ops.compare import TOLERANCE, Case, error, gradients, leaves
+from tests.ranks import on_ranks
 
 CUTS = {2: (0, 17, 37), 4: (0, 1, 15, 16, 37)}  # blocks of one token, shorter and longer than a chunk
 CASES = {
@@ -64,7 +61,7 @@ def worst_error(case, form, group, cuts):
     for number, y in enumerate(found):
         generator = torch.Generator().manual_seed(number)
         weights = torch.rand(expected[number].shape, generator=generator, dtype=torch.float64) - 0.5
-        total = total + (y.double() * share(weights.to(case.dtype), rank, cuts).double()).sum()
+        total = total + (y.double() * share(weights.to(y.device, case.dtype), rank, cuts).double()).sum()
     wanted = [x for x in mine if x is not None]
     grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     for x, e in zip(mine, gradient, strict=True):
@@ -94,10 +91,9 @@ def wrong_gates(group, cuts, convention):
     return max((x - (y if y.shape == x.shape else share(y, rank, cuts))).abs().max().item() for x, y in pairs)
 
 
-def process(rank, folder):
-    """One of four; writes what it found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
+def process(rank):
+    """One of four; what it found."""
+    sequence_parallel.SLICE_ELEMENTS = 2 * 3 * 5 * 4  # slices of four tokens
     groups = {2: dist.new_group([0, 1]), 4: dist.group.WORLD}
     found = {}
     for ranks, group in groups.items():
@@ -115,23 +111,12 @@ def process(rank, folder):
             step_log_decays(torch.zeros(1, 2, 1), sequence_group=groups[2])
     except (ValueError, TypeError) as refused:
         found["refused"] = str(refused)
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(found, file)
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    code = "import sys; from tests.ops.test_sequence_parallel import process; process(int(sys.argv[1]), sys.argv[2])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=environment) for rank in range(4)]
-    try:
-        assert [process.wait(timeout=200) for process in ranks] == [0] * 4
-    finally:
-        for process in ranks:
-            process.kill()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    return on_ranks(process, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("ranks", CUTS)
