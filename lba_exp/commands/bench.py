@@ -38,17 +38,18 @@ def _parser() -> argparse.ArgumentParser:
     one = benches.add_parser(
         "operator",
         help="time, memory and error of the operator's forms, beside softmax attention",
-        description="Time, peak memory and error of the operator's forms over a grid of cases, beside softmax attention in the same run.",
+        description="Time, peak memory and error of the operator's forms over a grid of cases, in the same run with softmax attention, "
+        "flash-linear-attention (chunk_simple_gla: fla is one causal pass, fla-x2 another one over the flipped tokens too) and a copy.",
         allow_abbrev=False,
     )
     one.set_defaults(run=operator)
-    one.add_argument("--forms", help="comma-separated forms of lba_exp.ops (all that run on the device, but auto)")
+    one.add_argument("--forms", help="comma-separated forms of lba_exp.ops, fla, fla-x2 (all that run on the device, but auto)")
     one.add_argument("--lengths", default="256,1024,4096", help="comma-separated sequence lengths, in tokens (%(default)s)")
     one.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)} (%(default)s)")
     one.add_argument("--decays", default=",".join(DECAYS), help=f"of {', '.join(DECAYS)}: vector is selective per channel (all)")
     one.add_argument("--passes", default=",".join(PASSES), help="forward, both: both is forward and backward (all)")
     one.add_argument("--batch", help="sequences B (1)")
-    one.add_argument("--tokens", metavar="N", help="in place of --batch: N / length sequences at every length")
+    one.add_argument("--tokens", metavar="N", help="in place of --batch: N // length sequences at every length, at least one")
     one.add_argument("--heads", default="4", help="H (%(default)s)")
     one.add_argument("--key-width", default="64", help="Dk (%(default)s)")
     one.add_argument("--value-width", default="64", help="Dv (%(default)s)")
@@ -122,7 +123,7 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
         "cells": [],
     }
     cells = record["cells"]
-    number = sum(map(len, bench.grid(settings))) * len(settings.passes) * (len(forms) + settings.softmax)
+    number = sum(map(len, bench.grid(settings))) * len(settings.passes) * len(bench.contenders_of(settings, forms))
     try:
         with _progress(number) as tell:
             for found in bench.measure(settings, forms, device, tell):
