@@ -141,13 +141,13 @@ def _function(contender: str, case: Case, denominator: str | None) -> Callable[.
     return theirs if contender in fla.NAMES else form
 
 
-def choose_denominator(contender: str, case: Case, inputs: Inputs, backward: bool) -> str | None:
+def choose_denominator(contender: str, case: Case, inputs: Inputs) -> str | None:
     """How ``fla-x2`` divides in this case; None for the other contenders and where nothing is divided."""
     if contender != fla.TWICE or not case.settings.scaled:
         return None
     fla.check(contender, inputs.q, inputs.forward_log_decay, inputs.backward_log_decay, case.settings.direction)
     decays = inputs.forward_log_decay is not None
-    return fla.quickest_denominator(lambda way: call(contender, case, inputs, backward, way), decays, inputs.q.device)
+    return fla.quickest_denominator(lambda way: call(contender, case, inputs, False, way), decays, inputs.q.device)
 
 
 def needed_bytes(contender: str, case: Case, backward: bool, device: torch.device) -> int:

@@ -6,7 +6,8 @@
 ``fla-x2``
     What a user of it would write for both directions: a causal pass over q, k, v and the forward decays, one over the flipped ones and the
     backward decays, flipped back, the two added and the diagonal (q_i . k_i) v_i taken out once: the operator's numerators. Where the
-    operator divides, so does it, with a denominator from the quickest of DENOMINATORS, tried for each case and pass before it is measured.
+    operator divides, so does it: without decay by ``sum`` of DENOMINATORS, which takes no pass of the kernel, else by the quicker of the
+    other two, tried on the forward pass of each case before it is measured.
 
 Both take and give ``(B, L, H, D)`` and work in the dtype of q, as the kernel's outputs are. A fixed decay goes in as ``g_gamma``, which
 has no gradient there.
@@ -95,8 +96,10 @@ def quickest_denominator(make: Callable[[str], Callable[[], Tensor]], decays: bo
         make: one of them -> a call with it.
         decays: whether there are any.
     """
+    if not decays:
+        return "sum"
     times = {}
-    for way in DENOMINATORS[: 2 if decays else 3]:
+    for way in ("column", "pass"):
         call = make(way)
         call()  # builds and tunes kernels
         times[way] = statistics.median(timed(call, TRIALS, device))

@@ -24,15 +24,15 @@ from lba_exp.errors import ConfigError
 Cell = dict[str, Any]
 
 
-def find_device(settings: Settings) -> torch.device:
-    """The device of ``settings.device``.
+def find_device(name: str) -> torch.device:
+    """The device of a name of ``settings.DEVICES``.
 
     Raises:
         ConfigError: CUDA was asked for and there is none.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; give cpu or auto.")
-    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
@@ -188,7 +188,7 @@ def _memory_and_error(name, case, part, inputs, rows, expected, device) -> Cell:
     if name == COPY:  # no output that could be wrong; that there is memory for it is seen here
         call(name, case, inputs, part == "both")()
         return {"denominator": None}
-    denominator = choose_denominator(name, case, inputs, part == "both")
+    denominator = choose_denominator(name, case, inputs)
     function = call(name, case, inputs, part == "both", denominator)
     if device.type == "cuda":
         function()  # libraries take their workspaces, kernels are built

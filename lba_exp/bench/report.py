@@ -65,22 +65,23 @@ def show(record: Record) -> None:
 
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """A cell's line of the table, as COLUMNS; what was not measured says so in place of its time."""
-    head = (f"{cell['length']:,}", f"{cell['batch']:,}", f"{cell['batch'] * cell['length']:,}", cell["form"])
+    first = (f"{cell['length']:,}", f"{cell['batch']:,}", f"{cell['batch'] * cell['length']:,}", cell["form"])
     if cell["status"] != "measured":
         told = f"skipped: {cell['reason']}" if cell["status"] == "skipped" else cell["status"]
-        return (*head, told, *[""] * (len(COLUMNS) - len(head) - 1))
+        return (*first, told, *[""] * (len(COLUMNS) - len(first) - 1))
     return (
-        *head,
+        *first,
         milliseconds(cell["median_ms"]),
-        _ratio(cell["form_over_copy"]),
-        _ratio(cell["softmax_over_form"]),
+        ratio(cell["form_over_copy"]),
+        ratio(cell["softmax_over_form"]),
         binary_size(cell["peak_bytes"]),
-        _ratio(cell["peak_over_io"]),
+        ratio(cell["peak_over_io"]),
         cell["reason"] or scientific(cell["error"]),
     )
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """Two decimals; nothing for None."""
     return "" if value is None else f"{value:.2f}"
 
 
@@ -129,7 +130,7 @@ def _fla_notes(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     theirs = [cell for cell in cells if cell["form"] in fla.NAMES]
     ways = Counter(cell["denominator"] for cell in theirs if cell["denominator"])
     how = ", ".join(f"{way} ({number} of {ways.total()} cells)" for way, number in ways.items())
-    divided = f"divided by the denominator that was quickest to find: {how}" if ways else "undivided"
+    divided = f"divided by the denominator that was quickest to find in the forward pass: {how}" if ways else "undivided"
     text = (
         "flash-linear-attention's chunk_simple_gla: fla is one causal pass, undivided, and judged as such; fla-x2 takes another one over "
         f"the flipped tokens, adds the two and takes the diagonal out once, {divided}. It has no gradient of a fixed decay."
@@ -139,28 +140,32 @@ def _fla_notes(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def markdown(record: Record) -> str:
     """The whole benchmark as a Markdown page."""
-    git, environment = record["git"], record["environment"]
-    dirty = ", with uncommitted changes" if git["dirty"] else ""
-    lines = [
-        "# Operator benchmark",
-        "",
-        f"`{record['command']}`",
-        "",
-        f"{record['began']}, commit {git['commit'] or 'unknown'}{dirty}, {record['status']}. "
-        + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in environment.items() if value is not None)
-        + ".",
-        "",
-    ]
+    lines = head("Operator benchmark", record)
     for note in (*notes(record), *reasons(record)):
         lines += [note, ""]
     for key, cells in groups(record["cells"]).items():
-        lines += [f"## {_title(record, key)}", "", *_markdown_table(COLUMNS, [row(cell) for cell in cells]), ""]
+        lines += [f"## {_title(record, key)}", "", *markdown_table(COLUMNS, [row(cell) for cell in cells]), ""]
     if record["crossovers"]:
         lines += ["## Crossovers", "", *(f"- {sentence(entry)}" for entry in record["crossovers"]), ""]
     if record["growth"]:
         constant = f", B L about {record['settings']['tokens']:,}" if record["settings"]["tokens"] else ""
         lines += [f"## Growth: time at a length over time at the one before{constant}", "", *_growth_table(record["growth"]), ""]
     return "\n".join(lines)
+
+
+def head(title: str, record: Record) -> list[str]:
+    """The first lines of a benchmark's Markdown page: its command, commit and machine."""
+    git, environment = record["git"], record["environment"]
+    dirty = ", with uncommitted changes" if git["dirty"] else ""
+    machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in environment.items() if value is not None)
+    return [
+        f"# {title}",
+        "",
+        f"`{record['command']}`",
+        "",
+        f"{record['began']}, commit {git['commit'] or 'unknown'}{dirty}, {record['status']}. {machine}.",
+        "",
+    ]
 
 
 def _growth_table(growth: list[Record]) -> list[str]:
@@ -170,8 +175,8 @@ def _growth_table(growth: list[Record]) -> list[str]:
     for g in growth:
         key = (g["dtype"], decay_name(g["decay"]), pass_name(g["pass"]), g["form"])
         lines.setdefault(key, {})[g["from"], g["to"]] = f"{g['time_ratio']:.2f}"
-    head = ("dtype", "decay", "pass", "form", *(f"{left:,} to {right:,}" for left, right in steps))
-    return _markdown_table(head, [(*key, *(ratios.get(step, "") for step in steps)) for key, ratios in lines.items()])
+    columns = ("dtype", "decay", "pass", "form", *(f"{left:,} to {right:,}" for left, right in steps))
+    return markdown_table(columns, [(*key, *(ratios.get(step, "") for step in steps)) for key, ratios in lines.items()])
 
 
 def comma_separated(record: Record) -> str:
@@ -183,8 +188,9 @@ def comma_separated(record: Record) -> str:
     return text.getvalue()
 
 
-def _markdown_table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
+def markdown_table(columns: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *body]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
