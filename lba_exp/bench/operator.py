@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -81,12 +82,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
         "cuda": torch.version.cuda if on_cuda else None,
+        "triton": _version("triton") if on_cuda else None,
+        "flash-linear-attention": _version("fla-core") if on_cuda else None,
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "load_average": load_average(),
         "memory_method": LiveTensors(device).method,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def load_average() -> list[float]:

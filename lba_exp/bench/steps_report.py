@@ -77,7 +77,7 @@ def notes(record: Record) -> list[str]:
     load = f"load average {environment['load_average'][0]} before, {record['load_average_after']} after"
     return [
         f"step: forward pass, loss, backward pass, AdamW (one kernel), gradients set to none, on synthetic images of {settings['classes']} "
-        f"classes; median of at least {settings['repeats']} steps, in turns with the other models, each compiled and warmed up before.",
+        f"classes; median of at least {settings['repeats']} steps, in turns with the other models, all of them warmed up before.",
         f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: weights, optimizer state, batch, and what a step adds ({environment['memory_method']}).",
     ]

@@ -227,4 +227,5 @@ def test_on_a_gpu(tmp_path):
             assert c["decay"] == "vector" or (c["pass"] == "both" and c["decay"] == "selective" and "Triton" in c["reason"])
             continue
         assert c["status"] == "measured" and c["median_ms"] > 0 and c["form_over_copy"] > 0
-        assert c["form"] == "copy" or (c["peak_bytes"] > 0 and c["error"] < 1e-2)
+        # fla's numerators are rounded to bfloat16 before the diagonal is taken from them
+        assert c["form"] == "copy" or (c["peak_bytes"] > 0 and c["error"] < (5e-2 if c["form"] in fla.NAMES else 1e-2))
