@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tasks": BASE | {"ops", "nn", "models", "devices"},
     "convert": BASE | {"ops", "nn", "models"},
     "callbacks": BASE | {"ops", "nn", "models", "results", "config", "devices"},
-    "bench": BASE | {"ops", "nn", "callbacks", "results", "messages", "composing", "build"},
+    "bench": BASE | {"ops", "nn", "callbacks", "data", "results", "messages", "composing", "build"},
     "errors": set(),
     "registry": {"errors"},
     "config": BASE,

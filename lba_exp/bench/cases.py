@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from lba_exp import ops
+from lba_exp.bench import fla
 from lba_exp.bench.settings import Settings
 
 SOFTMAX = "softmax"  # scaled_dot_product_attention, measured beside the forms
+COPY = "copy"  # the floor: as many bytes moved as it takes to read q, k, v and to write y once
 EPS = 1e-6
 HORIZONS = (16.0, 1024.0)  # tokens over which the first and the last head decay by a factor e
 
@@ -83,25 +85,24 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(q, k, v, forward, backward, grad)
 
 
-def call(contender: str, case: Case, inputs: Inputs, backward: bool) -> Callable[[], Tensor]:
+def call(contender: str, case: Case, inputs: Inputs, backward: bool, denominator: str | None = None) -> Callable[[], Tensor]:
     """A function without arguments that runs one contender on the inputs and returns its output.
 
     Args:
-        contender: a form of the operator, or SOFTMAX, whose inputs and output are ``(B, H, L, D)``, contiguous, as its kernels like best.
+        contender: a form of the operator; one of ``fla.NAMES``; SOFTMAX, whose inputs and output are ``(B, H, L, D)``, contiguous, as its
+            kernels like best; or COPY, a copy of half of ``case.io_bytes``, which reads that many bytes and writes as many, in each pass.
         backward: also take the gradients of q, k, v and both decays.
+        denominator: how ``fla-x2`` divides, see ``fla.DENOMINATORS``.
     """
-    s = case.settings
+    if contender == COPY:
+        source = torch.ones(case.io_bytes // 2, dtype=torch.uint8, device=inputs.q.device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+    tensors, grad = [inputs.q, inputs.k, inputs.v, inputs.forward_log_decay, inputs.backward_log_decay], inputs.grad
     if contender == SOFTMAX:
-        tensors = [x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v)]
-        grad = inputs.grad.transpose(1, 2).contiguous()
-        function = torch.nn.functional.scaled_dot_product_attention
-    else:
-        tensors, grad = [inputs.q, inputs.k, inputs.v, inputs.forward_log_decay, inputs.backward_log_decay], inputs.grad
-
-        def function(*xs: Tensor | None) -> Tensor:
-            return ops.bidirectional_linear_attention(
-                *xs, scaled=s.scaled, direction=s.direction, form=contender, chunk_size=s.chunk_size, eps=EPS
-            )
+        tensors = [x.transpose(1, 2).contiguous() for x in tensors[:3]]
+        grad = grad.transpose(1, 2).contiguous()
+    function = _function(contender, case, denominator)
 
     def forward_alone() -> Tensor:
         with torch.no_grad():
@@ -120,14 +121,45 @@ def call(contender: str, case: Case, inputs: Inputs, backward: bool) -> Callable
     return forward_and_backward
 
 
+def _function(contender: str, case: Case, denominator: str | None) -> Callable[..., Tensor]:
+    """q, k, v and both decays, or q, k, v alone for SOFTMAX -> output."""
+    s = case.settings
+    if contender == SOFTMAX:
+        return torch.nn.functional.scaled_dot_product_attention
+
+    def form(*xs: Tensor | None) -> Tensor:
+        return ops.bidirectional_linear_attention(
+            *xs, scaled=s.scaled, direction=s.direction, form=contender, chunk_size=s.chunk_size, eps=EPS
+        )
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, forward: Tensor | None, backward: Tensor | None) -> Tensor:
+        fla.check(contender, q, forward, backward, s.direction)
+        if contender == fla.ONCE:
+            return fla.causal(q, k, v, forward)
+        return fla.both_directions(q, k, v, forward, backward, denominator, EPS)
+
+    return theirs if contender in fla.NAMES else form
+
+
+def choose_denominator(contender: str, case: Case, inputs: Inputs) -> str | None:
+    """How ``fla-x2`` divides in this case; None for the other contenders and where nothing is divided."""
+    if contender != fla.TWICE or not case.settings.scaled:
+        return None
+    fla.check(contender, inputs.q, inputs.forward_log_decay, inputs.backward_log_decay, case.settings.direction)
+    decays = inputs.forward_log_decay is not None
+    return fla.quickest_denominator(lambda way: call(contender, case, inputs, False, way), decays, inputs.q.device)
+
+
 def needed_bytes(contender: str, case: Case, backward: bool, device: torch.device) -> int:
     """An estimate of a contender's working memory, ``ops.estimate_bytes`` with what a backward pass adds.
 
     Measured on a CPU at L = 1,024 against the forward estimate: with gradients, "recurrent" takes up to 2.4 times as much, "chunkwise" and
     "parallel" up to 1.3 times; "blockwise" keeps every block for autograd, about what "parallel" takes. Softmax attention writes its
-    L x L matrices where the widths differ, else no more than its output; on CUDA it is let try.
+    L x L matrices where the widths differ, else no more than its output; on CUDA it is let try, and so is flash-linear-attention.
     """
     s = case.settings
+    if contender in (*fla.NAMES, COPY):
+        return 0
     if contender == SOFTMAX:
         matrices = 2 * case.batch * s.heads * case.length**2 * case.itemsize * (2 if backward else 1)
         return matrices if device.type == "cpu" and s.key_width != s.value_width else 0

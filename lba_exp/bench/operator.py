@@ -8,14 +8,15 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import lba_exp
 from lba_exp import ops
-from lba_exp.bench import exact
-from lba_exp.bench.cases import EPS, SOFTMAX, Case, Inputs, call, draw, needed_bytes
+from lba_exp.bench import exact, fla
+from lba_exp.bench.cases import COPY, EPS, SOFTMAX, Case, Inputs, call, choose_denominator, draw, needed_bytes
 from lba_exp.bench.measure import Problem, attempt, release, summary, take_turns
 from lba_exp.bench.settings import Settings, one
 from lba_exp.callbacks.memory import LiveTensors
@@ -24,30 +25,42 @@ from lba_exp.errors import ConfigError
 Cell = dict[str, Any]
 
 
-def find_device(settings: Settings) -> torch.device:
-    """The device of ``settings.device``.
+def find_device(name: str) -> torch.device:
+    """The device of a name of ``settings.DEVICES``.
 
     Raises:
         ConfigError: CUDA was asked for and there is none.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; give cpu or auto.")
-    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
 def find_forms(settings: Settings, device: torch.device) -> tuple[str, ...]:
-    """The forms to measure: those named, or all of the operator's that run on the device ("auto", which is one of them, left out).
+    """What to measure: the forms named, or all of the operator's that run on the device ("auto", which is one of them, left out), and
+    flash-linear-attention (``fla.NAMES``) where it is there.
 
     Raises:
-        ConfigError: a name that is no form.
+        ConfigError: a name that is no form, or flash-linear-attention where it does not run.
     """
+    missing = fla.missing(device)
     if settings.forms is not None:
-        return tuple(one("forms", form, ops.FORMS, "a form") for form in settings.forms)
+        named = tuple(one("forms", form, (*ops.FORMS, *fla.NAMES), "a form") for form in settings.forms)
+        asked = [form for form in named if form in fla.NAMES]
+        if asked and missing is not None:
+            raise ConfigError(f"--forms {','.join(asked)}: flash-linear-attention {missing}.")
+        return named
     case = Case("none", settings.dtypes[0], 1, 16, settings)
     inputs = draw(case, device)
     problems = {form: attempt(call(form, case, inputs, backward=False))[1] for form in ops.FORMS if form != "auto"}
-    return tuple(form for form, problem in problems.items() if problem is None or problem.status != "not available here")
+    here = tuple(form for form, problem in problems.items() if problem is None or problem.status != "not available here")
+    return here if missing is not None else (*here, *fla.NAMES)
+
+
+def contenders_of(settings: Settings, forms: tuple[str, ...]) -> tuple[str, ...]:
+    """What takes turns: the forms, softmax attention where it is wanted, and the copy."""
+    return (*forms, *((SOFTMAX,) if settings.softmax else ()), COPY)
 
 
 def memory_budget(settings: Settings, device: torch.device) -> float:
@@ -69,12 +82,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
         "cuda": torch.version.cuda if on_cuda else None,
+        "triton": _version("triton") if on_cuda else None,
+        "flash-linear-attention": _version("fla-core") if on_cuda else None,
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "load_average": load_average(),
         "memory_method": LiveTensors(device).method,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def load_average() -> list[float]:
@@ -111,7 +133,7 @@ def measure(settings: Settings, forms: tuple[str, ...], device: torch.device, te
         device: from ``find_device``.
         tell: called with what is done next, and with the number of cells done since the last call.
     """
-    contenders = (*forms, SOFTMAX) if settings.softmax else forms
+    contenders = contenders_of(settings, forms)
     budget = memory_budget(settings, device)
     for cases in grid(settings):
         release(device)
@@ -128,18 +150,11 @@ def _prepare(case: Case, contenders: tuple[str, ...], device: torch.device) -> t
     inputs = draw(case, device)
     rows = exact.sample_rows(case.batch, case.length)
     s = case.settings
-    right = exact.linear_rows(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.forward_log_decay,
-        inputs.backward_log_decay,
-        rows,
-        scaled=s.scaled,
-        direction=s.direction,
-        eps=EPS,
-    )
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.forward_log_decay, inputs.backward_log_decay)
+    right = exact.linear_rows(*tensors, rows, scaled=s.scaled, direction=s.direction, eps=EPS)
     expected = dict.fromkeys(contenders, right)
+    if fla.ONCE in contenders:
+        expected[fla.ONCE] = exact.linear_rows(*tensors, rows, scaled=False, direction="forward")
     if SOFTMAX in contenders:
         expected[SOFTMAX] = exact.softmax_rows(inputs.q, inputs.k, inputs.v, rows)
     return inputs, rows, expected
@@ -161,8 +176,10 @@ def _measure_pass(part, contenders, prepared, budget, device, tell) -> list[Cell
                 figures, failure = attempt(partial(_memory_and_error, name, case, part, *ready, device))
             if failure is None:
                 cell |= figures
-                calls[case, name] = call(name, case, ready[0], part == "both")
+                calls[case, name] = call(name, case, ready[0], part == "both", figures["denominator"])
             else:
+                if name in fla.NAMES and failure.status == "failed":  # it refuses some backward passes, with an error
+                    failure = failure._replace(status="not available here")
                 cell |= _empty(failure)
                 release(device)
     tell(f"{case.decay}, {case.dtype}, {part}: time", 0)
@@ -170,14 +187,19 @@ def _measure_pass(part, contenders, prepared, budget, device, tell) -> list[Cell
     for key in calls:
         cells[key] |= _empty(problems[key]) if key in problems else summary(times[key]) | {"status": "measured"}
     for (case, _), cell in cells.items():
-        base = cells.get((case, SOFTMAX), {}).get("median_ms")
-        measured = base is not None and cell["median_ms"] is not None
-        cell["softmax_over_form"] = base / cell["median_ms"] if measured else None
+        softmax, copy = (cells.get((case, name), {}).get("median_ms") for name in (SOFTMAX, COPY))
+        if cell["median_ms"] is not None:
+            cell["softmax_over_form"] = None if softmax is None else softmax / cell["median_ms"]
+            cell["form_over_copy"] = None if copy is None else cell["median_ms"] / copy
     return list(cells.values())
 
 
 def _memory_and_error(name, case, part, inputs, rows, expected, device) -> Cell:
-    function = call(name, case, inputs, part == "both")
+    if name == COPY:  # no output that could be wrong; that there is memory for it is seen here
+        call(name, case, inputs, part == "both")()
+        return {"denominator": None}
+    denominator = choose_denominator(name, case, inputs)
+    function = call(name, case, inputs, part == "both", denominator)
     if device.type == "cuda":
         function()  # libraries take their workspaces, kernels are built
     with LiveTensors(device) as memory:
@@ -187,6 +209,7 @@ def _memory_and_error(name, case, part, inputs, rows, expected, device) -> Cell:
         "peak_bytes": memory.bytes,
         "peak_over_io": None if memory.bytes is None else memory.bytes / case.io_bytes,
         "error": error,
+        "denominator": denominator,
         "reason": None if math.isfinite(error) else "the output is not finite",
     }
 
@@ -197,5 +220,6 @@ def _head(case: Case, part: str, name: str) -> Cell:
 
 
 def _empty(problem: Problem) -> Cell:
-    figures = ("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "softmax_over_form", "peak_bytes", "peak_over_io", "error")
-    return {"status": problem.status, "reason": problem.reason} | dict.fromkeys(figures)
+    times = ("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "softmax_over_form", "form_over_copy")
+    figures = (*times, "peak_bytes", "peak_over_io", "error", "denominator")
+    return {"status": problem.status, "reason": problem.reason or None} | dict.fromkeys(figures)

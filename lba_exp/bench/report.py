@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lba_exp.bench import fla
 from lba_exp.bench.growth import decay_name, groups, pass_name, sentence
 from lba_exp.callbacks.memory import LIVE_TENSORS
 from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.screen import binary_size, scientific
 
-COLUMNS = ("length", "form", "time", "softmax / form", "peak memory", "x (q, k, v, y)", "error")
+COLUMNS = ("length", "B", "B L", "form", "time", "x copy", "softmax / form", "peak memory", "x (q, k, v, y)", "error")
 CSV_COLUMNS = (
     *("dtype", "decay", "pass", "batch", "length", "form", "status", "reason", "median_ms", "quartile_1_ms", "quartile_3_ms", "calls"),
-    *("softmax_over_form", "peak_bytes", "peak_over_io", "error"),
+    *("softmax_over_form", "form_over_copy", "peak_bytes", "peak_over_io", "error", "denominator"),
 )
 
 Record = Mapping[str, Any]
@@ -63,18 +65,24 @@ def show(record: Record) -> None:
 
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """A cell's line of the table, as COLUMNS; what was not measured says so in place of its time."""
+    first = (f"{cell['length']:,}", f"{cell['batch']:,}", f"{cell['batch'] * cell['length']:,}", cell["form"])
     if cell["status"] != "measured":
         told = f"skipped: {cell['reason']}" if cell["status"] == "skipped" else cell["status"]
-        return (f"{cell['length']:,}", cell["form"], told, "", "", "", "")
+        return (*first, told, *[""] * (len(COLUMNS) - len(first) - 1))
     return (
-        f"{cell['length']:,}",
-        cell["form"],
+        *first,
         milliseconds(cell["median_ms"]),
-        "" if cell["softmax_over_form"] is None else f"{cell['softmax_over_form']:.2f}",
+        ratio(cell["form_over_copy"]),
+        ratio(cell["softmax_over_form"]),
         binary_size(cell["peak_bytes"]),
-        "" if cell["peak_over_io"] is None else f"{cell['peak_over_io']:.2f}",
+        ratio(cell["peak_over_io"]),
         cell["reason"] or scientific(cell["error"]),
     )
+
+
+def ratio(value: float | None) -> str:
+    """Two decimals; nothing for None."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def spread(cells: Iterable[Mapping[str, Any]]) -> str:
@@ -106,6 +114,10 @@ def notes(record: Record) -> list[str]:
     return [
         f"time: median of at least {record['settings']['repeats']} calls, in turns with the other forms and lengths; "
         "softmax / form: time of scaled_dot_product_attention (not causal) over the form's, same length, dtype and turns.",
+        "copy: half of the bytes of q, k, v, y from one place to another on the device, which moves as many as to read q, k, v and to "
+        "write y once: the floor of the forward pass; x copy: time over it, of forward + backward too. Caches are not emptied between "
+        "calls: small sizes stay in them, for the copy and the forms alike.",
+        *_fla_notes(record["cells"]),
         f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: beside the inputs, output and gradients included ({method}{unseen}); x (q, k, v, y): as a multiple of these four.",
         f"error: relative L2 against direct summation in float64 over up to {record['judged_rows']} rows (sequence, token) at every head, "
@@ -113,30 +125,47 @@ def notes(record: Record) -> list[str]:
     ]
 
 
+def _fla_notes(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What ``lba_exp.bench.fla`` measures, in short, where it was asked to."""
+    theirs = [cell for cell in cells if cell["form"] in fla.NAMES]
+    ways = Counter(cell["denominator"] for cell in theirs if cell["denominator"])
+    how = ", ".join(f"{way} ({number} of {ways.total()} cells)" for way, number in ways.items())
+    divided = f"divided by the denominator that was quickest to find in the forward pass: {how}" if ways else "undivided"
+    text = (
+        "flash-linear-attention's chunk_simple_gla: fla is one causal pass, undivided, and judged as such; fla-x2 takes another one over "
+        f"the flipped tokens, adds the two and takes the diagonal out once, {divided}. It has no gradient of a fixed decay."
+    )
+    return [text] if theirs else []
+
+
 def markdown(record: Record) -> str:
     """The whole benchmark as a Markdown page."""
-    git, environment = record["git"], record["environment"]
-    dirty = ", with uncommitted changes" if git["dirty"] else ""
-    lines = [
-        "# Operator benchmark",
-        "",
-        f"`{record['command']}`",
-        "",
-        f"{record['began']}, commit {git['commit'] or 'unknown'}{dirty}, {record['status']}. "
-        + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in environment.items() if value is not None)
-        + ".",
-        "",
-    ]
+    lines = head("Operator benchmark", record)
     for note in (*notes(record), *reasons(record)):
         lines += [note, ""]
     for key, cells in groups(record["cells"]).items():
-        lines += [f"## {_title(record, key)}", "", *_markdown_table(COLUMNS, [row(cell) for cell in cells]), ""]
+        lines += [f"## {_title(record, key)}", "", *markdown_table(COLUMNS, [row(cell) for cell in cells]), ""]
     if record["crossovers"]:
         lines += ["## Crossovers", "", *(f"- {sentence(entry)}" for entry in record["crossovers"]), ""]
     if record["growth"]:
-        constant = ", at constant B L" if record["settings"]["tokens"] else ""
+        constant = f", B L about {record['settings']['tokens']:,}" if record["settings"]["tokens"] else ""
         lines += [f"## Growth: time at a length over time at the one before{constant}", "", *_growth_table(record["growth"]), ""]
     return "\n".join(lines)
+
+
+def head(title: str, record: Record) -> list[str]:
+    """The first lines of a benchmark's Markdown page: its command, commit and machine."""
+    git, environment = record["git"], record["environment"]
+    dirty = ", with uncommitted changes" if git["dirty"] else ""
+    machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in environment.items() if value is not None)
+    return [
+        f"# {title}",
+        "",
+        f"`{record['command']}`",
+        "",
+        f"{record['began']}, commit {git['commit'] or 'unknown'}{dirty}, {record['status']}. {machine}.",
+        "",
+    ]
 
 
 def _growth_table(growth: list[Record]) -> list[str]:
@@ -146,8 +175,8 @@ def _growth_table(growth: list[Record]) -> list[str]:
     for g in growth:
         key = (g["dtype"], decay_name(g["decay"]), pass_name(g["pass"]), g["form"])
         lines.setdefault(key, {})[g["from"], g["to"]] = f"{g['time_ratio']:.2f}"
-    head = ("dtype", "decay", "pass", "form", *(f"{left:,} to {right:,}" for left, right in steps))
-    return _markdown_table(head, [(*key, *(ratios.get(step, "") for step in steps)) for key, ratios in lines.items()])
+    columns = ("dtype", "decay", "pass", "form", *(f"{left:,} to {right:,}" for left, right in steps))
+    return markdown_table(columns, [(*key, *(ratios.get(step, "") for step in steps)) for key, ratios in lines.items()])
 
 
 def comma_separated(record: Record) -> str:
@@ -159,15 +188,16 @@ def comma_separated(record: Record) -> str:
     return text.getvalue()
 
 
-def _markdown_table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
+def markdown_table(columns: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *body]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def _title(record: Record, key: tuple[str, str, str]) -> str:
     dtype, decay, part = key
     s = record["settings"]
-    batch = f"B L = {s['tokens']:,}" if s["tokens"] else f"B = {s['batch']}"
+    batch = f"B L about {s['tokens']:,}" if s["tokens"] else f"B = {s['batch']}"
     options = ("" if s["scaled"] else ", unscaled") + ("" if s["direction"] == "both" else f", {s['direction']} direction only")
     sizes = f"{batch}, H = {s['heads']}, Dk = {s['key_width']}, Dv = {s['value_width']}"
     return f"{decay_name(decay)}, {dtype}, {pass_name(part)}{options} ({sizes})"

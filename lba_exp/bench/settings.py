@@ -19,14 +19,14 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Settings:
-    """A grid of cases (lengths x dtypes x decays x passes), in each of which the forms and softmax attention take turns.
+    """A grid of cases (lengths x dtypes x decays x passes), in each of which the forms, softmax attention and a copy take turns.
 
     Attributes:
-        forms: names of the operator's forms; None: all that run on the device.
+        forms: names of the operator's forms and of ``lba_exp.bench.fla.NAMES``; None: all that run on the device.
         lengths: sequence lengths L in tokens, ascending.
         dtypes, decays, passes: of DTYPES, DECAYS and PASSES, in the order given.
         batch: sequences B; None where ``tokens`` is given.
-        tokens: B * L, the same at every length; None where ``batch`` is given.
+        tokens: B * L, the same at every length but for what a length does not divide; None where ``batch`` is given.
         heads, key_width, value_width: H, Dk, Dv.
         scaled, direction, chunk_size: arguments of the operator.
         softmax: measure softmax attention as well.
@@ -59,7 +59,7 @@ class Settings:
 
     def batch_at(self, length: int) -> int:
         """B at a length."""
-        return self.batch if self.tokens is None else self.tokens // length
+        return self.batch if self.tokens is None else max(1, self.tokens // length)
 
 
 def read(options: Mapping[str, Any]) -> Settings:
@@ -75,10 +75,7 @@ def read(options: Mapping[str, Any]) -> Settings:
     tokens = None if options["tokens"] is None else whole("tokens", options["tokens"])
     batch = None if options["batch"] is None else whole("batch", options["batch"])
     if tokens is not None and batch is not None:
-        raise ConfigError("--tokens and --batch exclude each other: --tokens N takes N / length sequences at every length.")
-    for length in lengths:
-        if tokens is not None and tokens % length:
-            raise ConfigError(f"--tokens {tokens} is not a multiple of the length {length}: give one that every length divides.")
+        raise ConfigError("--tokens and --batch exclude each other: --tokens N takes N // length sequences at every length.")
     return Settings(
         lengths=lengths,
         forms=None if options["forms"] is None else tuple(words("forms", options["forms"])),

@@ -1,6 +1,7 @@
 """``lba-bench``: what the parts cost on the device at hand.
 
 lba-bench operator --lengths 1024,4096,16384 --decays selective --output bench/operator
+lba-bench steps softmax lion_lit lion_d lion_s --resolution 224 --batch 128 --output bench/steps
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, one, read, whole
+from lba_exp.bench.step_settings import COMPILES
+from lba_exp.bench.step_settings import DTYPES as STEP_DTYPES
 from lba_exp.commands.common import fail
 from lba_exp.errors import RunFolderError, UserError
 
@@ -38,17 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     first = benches.add_parser(
         "operator",
         help="time, memory and error of the operator's forms, beside softmax attention",
-        description="Time, peak memory and error of the operator's forms over a grid of cases, beside softmax attention in the same run.",
+        description="Time, peak memory and error of the operator's forms over a grid of cases, in the same run with softmax attention, "
+        "flash-linear-attention (chunk_simple_gla: fla is one causal pass, fla-x2 another one over the flipped tokens too) and a copy.",
         allow_abbrev=False,
     )
     first.set_defaults(run=operator)
-    first.add_argument("--forms", help="comma-separated forms of lba_exp.ops (all that run on the device, but auto)")
+    first.add_argument("--forms", help="comma-separated forms of lba_exp.ops, fla, fla-x2 (all that run on the device, but auto)")
     first.add_argument("--lengths", default="256,1024,4096", help="comma-separated sequence lengths, in tokens (%(default)s)")
     first.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)} (%(default)s)")
     first.add_argument("--decays", default=",".join(DECAYS), help=f"of {', '.join(DECAYS)}: vector is selective per channel (all)")
     first.add_argument("--passes", default=",".join(PASSES), help="forward, both: both is forward and backward (all)")
     first.add_argument("--batch", help="sequences B (1)")
-    first.add_argument("--tokens", metavar="N", help="in place of --batch: N / length sequences at every length")
+    first.add_argument("--tokens", metavar="N", help="in place of --batch: N // length sequences at every length, at least one")
     first.add_argument("--heads", default="4", help="H (%(default)s)")
     first.add_argument("--key-width", default="64", help="Dk (%(default)s)")
     first.add_argument("--value-width", default="64", help="Dv (%(default)s)")
@@ -74,42 +78,79 @@ def _parser() -> argparse.ArgumentParser:
     second.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
     second.add_argument("--threads", type=int, help="of torch, on the CPU (as torch finds it)")
     third = benches.add_parser(
+        "steps",
+        help="time and memory of a training step of models of images, against the first of them",
+        description="Training steps (forward, loss, backward, AdamW) of models of images on synthetic data, in turns, in one run: "
+        "time and peak memory, against the first model named.",
+        allow_abbrev=False,
+    )
+    third.set_defaults(run=steps)
+    third.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="entries of conf/model, each with overrides of its own where they stand in one word with it: softmax lion_s "
+        '"lion_s model.mixer.form=chunkwise"; words that are overrides alone are of all models: model.depth=6 (size=vit_base)',
+    )
+    third.add_argument("--form", default="auto", help="form of the linear mixers (%(default)s)")
+    third.add_argument("--resolution", default="224", help="height and width of the images in pixels (%(default)s)")
+    third.add_argument("--batch", default="128", help="images a step (%(default)s)")
+    third.add_argument("--classes", default="1000", help="(%(default)s)")
+    third.add_argument("--dtype", default="bfloat16", help=f"{', '.join(STEP_DTYPES)}: bfloat16 is autocast (%(default)s)")
+    third.add_argument("--compile", default="model", help=f"{', '.join(COMPILES)}: blocks is what compile=true of a run does (%(default)s)")
+    third.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    third.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
+    third.add_argument("--repeats", default="5", help="turns of each model (%(default)s)")
+    third.add_argument(
+        "--seconds", default="10", help="time that the turns of one model take together, at least one step each (%(default)s)"
+    )
+    third.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md and table.csv")
+    fourth = benches.add_parser(
         "sequence",
         help="one long sequence over several GPUs against one GPU with its share of the tokens",
         description="The operator on one long sequence over several devices (sequence_group): error, time and peak memory a device.",
         allow_abbrev=False,
     )
-    third.set_defaults(run=sequence)
-    third.add_argument("--ranks", default="2", help="devices (%(default)s)")
-    third.add_argument("--length", default="2097152", help="tokens of the sequence (%(default)s)")
-    third.add_argument("--check-length", default="16384", help="tokens of the sequence that is held against float64 (%(default)s)")
-    third.add_argument("--heads", default="4", help="H (%(default)s)")
-    third.add_argument("--width", default="64", help="Dk and Dv (%(default)s)")
-    third.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (%(default)s)")
-    third.add_argument("--form", default="chunkwise", help="of lba_exp.ops (%(default)s)")
-    third.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
-    third.add_argument("--repeats", default="5", help="calls that are timed (%(default)s)")
-    third.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
+    fourth.set_defaults(run=sequence)
+    fourth.add_argument("--ranks", default="2", help="devices (%(default)s)")
+    fourth.add_argument("--length", default="2097152", help="tokens of the sequence (%(default)s)")
+    fourth.add_argument("--check-length", default="16384", help="tokens of the sequence that is held against float64 (%(default)s)")
+    fourth.add_argument("--heads", default="4", help="H (%(default)s)")
+    fourth.add_argument("--width", default="64", help="Dk and Dv (%(default)s)")
+    fourth.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (%(default)s)")
+    fourth.add_argument("--form", default="chunkwise", help="of lba_exp.ops (%(default)s)")
+    fourth.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
+    fourth.add_argument("--repeats", default="5", help="calls that are timed (%(default)s)")
+    fourth.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
     return parser
 
 
 def operator(args: argparse.Namespace, command: str) -> int:
     """``lba-bench operator``: measure, print, write; returns the exit code."""
     settings = read(vars(args))
-    folder: Path | None = args.output
-    if folder is not None and folder.exists():
-        raise RunFolderError(f"--output {folder} exists already: give a new folder.")
+    folder = _new_folder(args.output)
     from lba_exp.bench import operator as bench  # torch: imported once the options are known to be right
 
-    device = bench.find_device(settings)
+    device = bench.find_device(settings.device)
     with bench.threads(settings.threads):
         forms = bench.find_forms(settings, device)
-        if folder is not None:
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                raise RunFolderError(f"--output {folder} cannot be made ({error.strerror}): give another folder.") from None
+        _make(folder)
         return _run(bench, settings, forms, device, folder, command)
+
+
+def _new_folder(folder: Path | None) -> Path | None:
+    """``--output``; raises RunFolderError where it exists."""
+    if folder is not None and folder.exists():
+        raise RunFolderError(f"--output {folder} exists already: give a new folder.")
+    return folder
+
+
+def _make(folder: Path | None) -> None:
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise RunFolderError(f"--output {folder} cannot be made ({error.strerror}): give another folder.") from None
 
 
 def presets(args: argparse.Namespace, command: str) -> int:
@@ -132,26 +173,71 @@ def sequence(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def steps(args: argparse.Namespace, command: str) -> int:
+    """``lba-bench steps``: measure, print, write; returns the exit code."""
+    from lba_exp.bench import step_settings
+
+    settings = step_settings.read(vars(args))
+    configurations = step_settings.configurations(settings)
+    folder = _new_folder(args.output)
+    from lba_exp.bench import operator as machine  # torch: imported once the options are known to be right
+    from lba_exp.bench import steps as bench
+    from lba_exp.bench import steps_report as report
+
+    device = machine.find_device(settings.device)
+    with machine.threads(settings.threads):
+        _make(folder)
+        record = _begin("training step benchmark", command, machine, device, asdict(settings))
+        try:
+            with _progress(len(configurations)) as tell:
+                record["cells"] = bench.measure(configurations, settings, device, tell)
+        except KeyboardInterrupt:
+            if folder is not None:
+                folder.rmdir()  # there is nothing to write before the last turn
+            fail(COMMAND, "stopped by the user; nothing was written.")
+            return 130
+        record |= {"status": "finished", "load_average_after": machine.load_average()[0]}
+    if folder is not None:
+        report.write(record, folder)
+    report.show(record)
+    if folder is not None:
+        print(f"written to {folder}")
+    return _tell_failures(record["cells"], "model", len(configurations))
+
+
+def _begin(kind: str, command: str, machine: Any, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """A record without cells."""
+    from lba_exp.results.git import git_state
+
+    return {
+        "kind": kind,
+        "status": "running",
+        "command": command,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "environment": machine.environment(device),
+        "settings": settings,
+        "cells": [],
+    }
+
+
+def _tell_failures(cells: list[dict[str, Any]], key: str, number: int) -> int:
+    """Says on stderr which cells failed, where some did; returns the exit code."""
+    broken = [cell for cell in cells if cell["status"] == "failed"]
+    if broken:
+        fail(COMMAND, f"{len(broken)} of {number} cells failed, the first one ({broken[0][key]}) with: {broken[0]['reason']}")
+    return 1 if broken else 0
+
+
 def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, folder: Path | None, command: str) -> int:
     from lba_exp.bench import report
     from lba_exp.bench.exact import ROWS
     from lba_exp.bench.growth import crossovers, growth
     from lba_exp.results.folder import write_record
-    from lba_exp.results.git import git_state
 
-    record: dict[str, Any] = {
-        "kind": "operator benchmark",
-        "status": "running",
-        "command": command,
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "environment": bench.environment(device),
-        "settings": asdict(settings) | {"forms": list(forms)},
-        "judged_rows": ROWS,
-        "cells": [],
-    }
+    record = _begin("operator benchmark", command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
     cells = record["cells"]
-    number = sum(map(len, bench.grid(settings))) * len(settings.passes) * (len(forms) + settings.softmax)
+    number = sum(map(len, bench.grid(settings))) * len(settings.passes) * len(bench.contenders_of(settings, forms))
     try:
         with _progress(number) as tell:
             for found in bench.measure(settings, forms, device, tell):
@@ -175,10 +261,7 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
     if record["status"] == "interrupted":
         fail(COMMAND, f"stopped by the user after {len(cells)} of {number} cells.")
         return 130
-    broken = [cell for cell in cells if cell["status"] == "failed"]
-    if broken:
-        fail(COMMAND, f"{len(broken)} of {number} cells failed, the first one ({broken[0]['form']}) with: {broken[0]['reason']}")
-    return 1 if broken else 0
+    return _tell_failures(cells, "form", number)
 
 
 def _progress(total: int) -> Any:
