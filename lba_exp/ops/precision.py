@@ -30,9 +30,11 @@ def first_derivative(backward: Callable) -> Callable:
     def run(ctx, grad, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the recurrent and chunkwise forms have first derivatives only, so no create_graph=True; form='parallel' has higher ones"
+                "the recurrent, chunkwise and fused forms have first derivatives only, so no create_graph=True; "
+                "form='parallel' has higher ones"
             )
-        with no_autocast(grad.device):
+        device = next(x.device for x in (grad, *grads) if x is not None)
+        with no_autocast(device):
             return backward(ctx, grad, *grads)
 
     return run
@@ -43,4 +45,4 @@ def no_forward_mode(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError("the recurrent form and streaming have no forward-mode derivatives (jvp); form='parallel' has them")
+        raise RuntimeError("the recurrent and fused forms and streaming have no forward-mode derivatives (jvp); form='parallel' has them")
