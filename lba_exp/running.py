@@ -128,6 +128,7 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     requests = Requests()
     parts = build.Parts(cfg, folder, requests, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
+    build.check_form(cfg, trainer)
     data.batch_size = build.batch_size(cfg, trainer)
     if rank_zero_only.rank == 0:
         _set_aside(cfg, folder, console)
