@@ -147,7 +147,7 @@ class MixerStack(nn.Module):
         return forms.pop() if len(forms) == 1 else None
 
     def set_form(self, form: str | None) -> str | None:
-        """Switches every linear layer to ``form``: one of ``forms``, ``"auto"``, or ``"fused"``; the weights stay, and so do softmax layers.
+        """Switches every linear layer to ``form``, one of ``forms``, "fused" or "auto"; the weights stay, and so do softmax layers.
 
         Returns:
             The form before; None where the linear layers differed, or where there are none. ``set_form(None)`` changes nothing.

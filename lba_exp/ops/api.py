@@ -53,7 +53,8 @@ def choose_form(
     On CUDA ``fused``, at every length, wherever it can run (``can_run_fused``). Elsewhere ``parallel`` up to 192 tokens, or 128 with a
     decay per channel (``vector``), and ``chunkwise`` above. It looks at no derivatives: higher ones need ``form="parallel"`` by name.
 
-    The rule without ``fused`` was measured on a CPU (AVX2, float32, chunk 64), forward alone and with backward. The lengths from which chunkwise is the faster:
+    The rule without ``fused`` was measured on a CPU (AVX2, float32, chunk 64), forward alone and with backward. The lengths from which
+    chunkwise is the faster:
 
     =======================  ================  =================
     decay                    B=1, H=4, D=64    B=16, H=4, D=32
@@ -291,8 +292,8 @@ def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: in
     ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
     plan to the byte. "parallel" counts six L x L matrices per head (scores, decays and their parts); the others the numerator, "chunkwise"
     the states of both directions at every chunk of 64 (as under ``torch.compile``; eager mode keeps
-    fewer), and what they work on at a time. "fused" counts the states at every 64 tokens, in the dtype of the inputs, the sums of the decays
-    and the denominator; "auto" is counted as on a CPU.
+    fewer), and what they work on at a time. "fused" counts states at every 64 tokens, in the dtype of the inputs, sums of decays and
+    the denominator; "auto" is counted as on a CPU.
     """
     checks.choice("form", form, FORMS)
     form = choose_form(length) if form == "auto" else form

@@ -28,7 +28,9 @@ def blocks(size):
     """Blocks of ``size`` tokens, tiles of 16: several of each in a short sequence."""
     with contextlib.ExitStack() as stack:
         for kind in ("forward", "backward", "linear"):
-            stack.enter_context(plans.override(kind, dataclasses.replace(plans.SMALL, block=size, rows=16 if kind == "forward" else size)))
+            plan = plans.choose(kind, torch.float32, 16)
+            tiles = [x.name for x in dataclasses.fields(plan) if x.name in ("rows", "columns", "state_columns")]
+            stack.enter_context(plans.override(kind, dataclasses.replace(plan, block=size, **dict.fromkeys(tiles, 16))))
         yield
 
 
@@ -294,7 +296,7 @@ def test_what_it_cannot_do_is_said(case, sentence):
 def test_without_a_gpu_and_without_triton(monkeypatch):
     inputs = Case(length=5).tensors()[:5]
     monkeypatch.setattr(operator, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="form: 'fused' runs on CUDA devices .*, got cpu; use 'chunkwise'"):
+    with pytest.raises(ValueError, match=r"form: 'fused' runs on CUDA devices .*, got cpu; use 'chunkwise'"):
         bidirectional_linear_attention(*inputs, form="fused")
     monkeypatch.setattr(operator, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="form: 'fused' needs Triton, which is not installed"):

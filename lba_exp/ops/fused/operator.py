@@ -129,8 +129,8 @@ def fused(
     forward, backward: log decays, None, ``(H,)`` or ``(B, L, H)``, float32; ``mask``: bool ``(B, L)``, True = real token.
     scaled, eps: with both ``scaled`` and an ``eps``, the output is num / (den + eps).
 
-    Returns (y or num in the widest dtype, None); or, scaled without ``eps``, (num, den ``(B, L, H)``), both float32. Raises ValueError where
-    it cannot run (``obstacle``), RuntimeError for derivatives beyond the first and for forward-mode ones.
+    Returns (y or num in the widest dtype, None); or, scaled without ``eps``, (num, den ``(B, L, H)``), both float32. Raises ValueError
+    where it cannot run (``obstacle``), RuntimeError for derivatives beyond the first and for forward-mode ones.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     vector = any(x is not None and x.ndim in (2, 4) for x in (forward, backward))
@@ -138,8 +138,7 @@ def fused(
         raise ValueError(reason)
     no_forward_mode(q, k, v, forward, backward)
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    parts = scaled and eps is None
-    out, den = _forward(
-        q, k, v, forward, backward, mask, weight, "forward" in directions, "backward" in directions, scaled, scaled and not parts, eps or 0.0
-    )
-    return (out, den.transpose(1, 2)) if parts else (out, None)
+    divided = scaled and eps is not None
+    read = ("forward" in directions, "backward" in directions)
+    out, den = _forward(q, k, v, forward, backward, mask, weight, *read, scaled, divided, eps if divided else 0.0)
+    return (out, den.transpose(1, 2)) if scaled and not divided else (out, None)
