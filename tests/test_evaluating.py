@@ -43,7 +43,7 @@ def test_eval_reads_a_run_in_any_form_and_split_and_leaves_it_alone(finished, ca
     assert figures["forms"]["recurrent"]["different"] == 0 and figures["forms"]["recurrent"]["count"] == 180
     assert contents(folder) == before
     wrong = (["form=fast"], ["split=tset"], ["model.width=3"], ["modle=3"], ["--output", "figures.json"], ["--output", "no/such/f.json"])
-    wrong += (["form=fused", "trainer.accelerator=cpu"], ["model.mixer.form=fused", "trainer.accelerator=cpu"])
+    wrong += (["form=fused"], ["model.mixer.form=fused"])
     for arguments in wrong:
         with pytest.raises(SystemExit) as stop:
             eval_command.main([str(folder), *arguments])

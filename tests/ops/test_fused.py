@@ -2,10 +2,15 @@
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from lba_exp.ops import bidirectional_linear_attention, bidirectional_linear_attention_parts, can_run_fused, choose_form, estimate_bytes
@@ -265,6 +270,32 @@ def test_training_keeps_no_states():
         y = bidirectional_linear_attention(*inputs, form="fused")
     size = sum(x.numel() * x.element_size() for x in (*inputs, y))
     assert sum(kept.values()) <= size + 4 * y[..., 0].numel()
+
+
+def rank(number, folder):
+    """One of two; prints the worst error of the cases that the form takes."""
+    from .test_sequence_parallel import CASES, CUTS, worst_error
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=number, world_size=2)
+    scalar = [case for case in CASES.values() if one_decay_per_head(case) == case]
+    with blocks(16):
+        print(len(scalar), max(worst_error(case, "fused", dist.group.WORLD, CUTS[2]) for case in scalar))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sequence_over_two_ranks(tmp_path):
+    code = "import sys; from tests.ops.test_fused import rank; rank(int(sys.argv[1]), sys.argv[2])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(n), str(tmp_path)], env=environment, stdout=subprocess.PIPE) for n in (0, 1)]
+    try:
+        for process in ranks:
+            count, worst = process.communicate(timeout=200)[0].split()
+            assert int(count) >= 6 and float(worst) <= 2e-5
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def test_derivatives_that_it_does_not_have_are_refused():
