@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +36,7 @@ from lba_exp.errors import ConfigError
 from lba_exp.models.pretrained import create
 from lba_exp.models.vision import patch_grid
 from lba_exp.nn.blocks import MixerStack
+from lba_exp.ops.fused import obstacle
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
 
@@ -197,6 +199,16 @@ def replicas(cfg: DictConfig, trainer: pl.Trainer) -> int:
             "or another multiple of it."
         )
     return trainer.world_size // shared
+
+
+def check_form(cfg: DictConfig, trainer: pl.Trainer) -> None:
+    """Raises ConfigError where the run is to train in the fused form, which its device or its settings do not have."""
+    model, precision = cfg.model, str(cfg.trainer.precision)
+    if model.mixer.kind == "linear" and model.mixer.form == "fused":
+        dtype = torch.float64 if precision.startswith("64") else torch.float32
+        width = model.width // model.heads
+        if reason := obstacle(trainer.strategy.root_device, dtype, False, width, width):
+            raise ConfigError(f"model.mixer.{reason}.")
 
 
 def batch_size(cfg: DictConfig, trainer: pl.Trainer) -> int:

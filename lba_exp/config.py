@@ -60,7 +60,7 @@ class MixerSchema:
         "order of a grid's tokens: as they come, every other row backwards, or snakes over rows and over columns",
         choices=("raster", "snake", "multi"),
     )
-    form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "auto"))
+    form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "fused", "auto"))
     chunk_size: int = setting(64, "tokens per chunk of the chunkwise form", low=1)
     options: dict[str, Any] = setting({}, "keyword arguments of a mixer that a plugin registers")
 

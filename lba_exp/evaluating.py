@@ -103,6 +103,8 @@ def _evaluate(folder: Path, cfg: DictConfig, split: str, form: str | None, conso
     if form is not None and form not in model.forms:
         only = "" if model.forms else " Softmax attention is one form: leave form= out."
         raise ConfigError(f"form={form}: {messages.unknown(form, model.forms, 'a form of this model')}{only}")
+    if model.form == "fused" and "fused" not in model.forms:
+        raise ConfigError(f"model.mixer.form=fused of {folder} does not run on {device}: give model.mixer.form=chunkwise.")
     batches = data.split_loader(split)
     figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
     reference = model.form if model.forms else ONLY

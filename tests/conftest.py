@@ -9,6 +9,11 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["NO_COLOR"] = "1"
 
 import pytest
+import torch
+
+# asks NVML, so that processes may still be forked; Triton reads the setting where kernels are first imported
+if not torch.cuda.device_count():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SMALL = [
     "model.width=16",

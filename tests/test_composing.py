@@ -243,7 +243,7 @@ def test_schema_and_registry_agree_with_the_code():
     from lba_exp import ops
 
     forms = config.MixerSchema.__dataclass_fields__["form"].metadata["choices"]
-    assert set(ops.MODEL_FORMS) | {"auto"} == set(forms)
+    assert set(ops.MODEL_FORMS) | {"fused", "auto"} == set(forms)
     for table in (registry.FEATURE_MAPS, registry.GATES, registry.MIXERS, registry.MODELS, registry.TASKS, registry.DATA):
         for name in table.names:
             assert callable(table[name])

@@ -43,6 +43,7 @@ def test_eval_reads_a_run_in_any_form_and_split_and_leaves_it_alone(finished, ca
     assert figures["forms"]["recurrent"]["different"] == 0 and figures["forms"]["recurrent"]["count"] == 180
     assert contents(folder) == before
     wrong = (["form=fast"], ["split=tset"], ["model.width=3"], ["modle=3"], ["--output", "figures.json"], ["--output", "no/such/f.json"])
+    wrong += (["form=fused"], ["model.mixer.form=fused"])
     for arguments in wrong:
         with pytest.raises(SystemExit) as stop:
             eval_command.main([str(folder), *arguments])
@@ -91,5 +92,3 @@ def test_a_run_does_not_go_on_with_other_data(small, tmp_path):
     dim_digits(data, [*"abcdefghij"], factor=8)
     with pytest.raises(DataError, match="have changed since the checkpoint"):
         lba_exp.train(lba_exp.compose(run), quiet=True)
-
-

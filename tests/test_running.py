@@ -16,6 +16,7 @@ from lba_exp import ops, running
 from lba_exp.callbacks.checkpoints import load_checkpoint
 from lba_exp.commands import train as command
 from lba_exp.errors import ConfigError, DataError, ParityError, RunFolderError, UserError
+from lba_exp.ops.fused import operator
 from lba_exp.results.metrics_log import read_rows
 from lba_exp.tasks.classification import Classification
 from tests import wandb_file
@@ -199,6 +200,13 @@ def test_what_lightning_refuses_leaves_no_folder(small, finished):
         with pytest.raises(ConfigError, match="trainer"):
             lba_exp.train(lba_exp.compose([*small, *override, "folder=run"]), quiet=True)
         assert not Path("run").exists()
+
+
+def test_the_fused_form_needs_a_gpu(small, monkeypatch):
+    monkeypatch.setattr(operator, "INTERPRETED", False)
+    with pytest.raises(ConfigError, match=r"^model.mixer.form: 'fused' runs on CUDA devices .*, got cpu; use 'chunkwise' or 'auto'\.$"):
+        lba_exp.train(lba_exp.compose([*small, "model.mixer.form=fused", "folder=run"]), quiet=True)
+    assert not Path("run").exists()
 
 
 def test_a_folder_that_holds_something_else_is_refused(small):

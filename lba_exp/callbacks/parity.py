@@ -41,7 +41,7 @@ class Parity(pl.Callback):
         mode: ``"check"`` warns once per validation and records; ``"strict"`` raises ``lba_exp.errors.ParityError`` on all ranks.
         tolerance: largest relative L2 error of the float32 logits.
         operator_tolerance: largest relative L2 error of the float32 operator against the float64 definition, over all layers.
-        forms: the forms to compare with the one trained in; default: all that the model has.
+        forms: the forms to compare with the one trained in; default: all that the model has on its device, "fused" on a GPU.
         full: logits of the whole validation split instead of its first batch.
         full_test: the same on the test split.
         memory_budget_gib: a form whose estimated working memory is larger is skipped, with the reason on record.

@@ -64,8 +64,8 @@ def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None, 
 class LinearAttention(nn.Module):
     """Bidirectional linear attention: Y = Scale(phi(Q) phi(K)^T (.) M) V, then an output projection (arXiv 2502.16249, section 3).
 
-    The mask M holds the products of the decays between two tokens. The form in which that is computed (parallel, recurrent,
-    chunkwise) is a switch, ``layer.form = "recurrent"``: same weights, same outputs. So is ``layer.sequence_ranks``: with the ranks of a
+    The mask M holds the products of the decays between two tokens. The form in which that is computed (parallel, recurrent, chunkwise,
+    fused) is a switch, ``layer.form = "recurrent"``: same weights, same outputs. So is ``layer.sequence_ranks``: with the ranks of a
     process group the layer's tokens are this rank's block of the sequence, and its outputs those of the whole sequence.
 
     Args:
@@ -88,7 +88,7 @@ class LinearAttention(nn.Module):
         diagonal: ``"once"``, or ``"twice"``, the plain sum of two directions, which counts each token's own score twice.
         scan: order in which a grid is read: ``"raster"`` (as it comes), ``"snake"`` (every other row backwards), or ``"multi"``: the snake
             and the snake over columns, each with a gate of its own; numerators and denominators are averaged before the division.
-        form: the form to compute in: one of ``forms``, or ``"auto"``.
+        form: the form to compute in: one of ``forms``, ``"fused"`` (on a GPU, one decay per head), or ``"auto"``.
         chunk_size: tokens per chunk of the chunkwise form.
         layer: index of the layer, for ``direction="alternating"``.
         grid: (height, width) of the tokens, stored row by row; needed for, and used by, scans other than raster alone.
@@ -180,8 +180,12 @@ class LinearAttention(nn.Module):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The forms in which the layer computes the same outputs."""
-        return ("parallel",) if self.gate.expanding else tuple(ops.MODEL_FORMS)
+        """The forms in which the layer computes the same outputs where its weights are: "fused" among them on a GPU that can run it."""
+        if self.gate.expanding:
+            return ("parallel",)
+        weight, widths = self.qkv.weight, {"key_width": self.head_width, "value_width": self.head_width}
+        fused = ops.can_run_fused(weight.device, weight.dtype, vector=self.gate.per_channel, **widths)
+        return (*ops.MODEL_FORMS, "fused") if fused else tuple(ops.MODEL_FORMS)
 
     @property
     def sequence_conflict(self) -> str | None:
@@ -194,7 +198,8 @@ class LinearAttention(nn.Module):
 
     @form.setter
     def form(self, form: str) -> None:
-        choice("form", form, self.forms if self.gate.expanding else (*self.forms, "auto"))
+        further = () if self.gate.expanding else ("auto",) if self.gate.per_channel else ("fused", "auto")
+        choice("form", form, tuple(dict.fromkeys((*self.forms, *further))))  # "fused" before the weights are on a GPU, too
         self._form = form
 
     @property

@@ -154,7 +154,7 @@ class MixerStack(nn.Module):
         return forms.pop() if len(forms) == 1 else None
 
     def set_form(self, form: str | None) -> str | None:
-        """Switches every linear layer to ``form``, one of ``forms`` or ``"auto"``; the weights stay, and so do softmax layers.
+        """Switches every linear layer to ``form``, one of ``forms``, "fused" or "auto"; the weights stay, and so do softmax layers.
 
         Returns:
             The form before; None where the linear layers differed, or where there are none. ``set_form(None)`` changes nothing.
@@ -164,11 +164,16 @@ class MixerStack(nn.Module):
         """
         if form is None:
             return self.form
-        choice("form", form, (*(self.forms or ops.MODEL_FORMS), "auto"))
-        previous = self.form
-        for mixer in self.mixers:
-            if mixer.forms:
+        known = self.forms or ops.MODEL_FORMS
+        choice("form", form, tuple(dict.fromkeys((*known, *(("fused",) if len(known) > 1 else ()), "auto"))))
+        previous, before = self.form, [(mixer, mixer.form) for mixer in self.mixers if mixer.forms]
+        try:
+            for mixer, _ in before:
                 mixer.form = form
+        except ValueError:
+            for mixer, own in before:
+                mixer.form = own
+            raise
         return previous
 
     def set_sequence_group(self, group: torch.distributed.ProcessGroup | None) -> None:

@@ -38,6 +38,8 @@ def linear_conflict(settings: dict[str, Any]) -> str | None:
         return f"diagonal=twice is the plain sum of two directions: it needs direction=both, got {settings['direction']}"
     if gate == "softplus_vector" and settings["form"] != "parallel":
         return f"gate=softplus_vector has decays above 1: it needs form=parallel, got {settings['form']}"
+    if gate in VECTOR_GATES and settings["form"] == "fused":
+        return f"form=fused needs one decay per head: gate=none, fixed or selective, got gate={gate}"
     return None
 
 

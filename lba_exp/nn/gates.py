@@ -70,11 +70,13 @@ class Gate(nn.Module):
     Attributes:
         initialisations: valid values of ``init``.
         expanding: lambda may exceed 1, so that the parallel form alone, without the operator's check of values, can run it.
+        per_channel: one decay per key channel, not one per head.
     """
 
     weight_decay_exempt = True
     initialisations: tuple[str, ...] = ("timescales", "random", "retnet")
     expanding = False
+    per_channel = False
 
     def __init__(self, width: int, heads: int, init: str = "timescales"):
         super().__init__()
@@ -127,6 +129,7 @@ class VectorGate(Gate):
     """Base of the gates with one decay per key channel; width / heads channels a head."""
 
     initialisations = ("timescales", "random", *HIPPO)
+    per_channel = True
 
     def __init__(self, width: int, heads: int, init: str = "timescales"):
         super().__init__(width, heads, init)

@@ -5,6 +5,7 @@ from lba_exp.ops.api import (
     MODEL_FORMS,
     bidirectional_linear_attention,
     bidirectional_linear_attention_parts,
+    can_run_fused,
     choose_form,
     estimate_bytes,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "MODEL_FORMS",
     "bidirectional_linear_attention",
     "bidirectional_linear_attention_parts",
+    "can_run_fused",
     "choose_form",
     "estimate_bytes",
     "start_state",

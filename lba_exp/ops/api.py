@@ -7,6 +7,7 @@ from lba_exp.ops import checks
 from lba_exp.ops.blockwise import blockwise
 from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
+from lba_exp.ops.fused import fused, obstacle
 from lba_exp.ops.inside import is_vector
 from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
@@ -15,7 +16,7 @@ from lba_exp.ops.recurrent import recurrent
 from lba_exp.ops.sequence_parallel import add_other_ranks
 
 FORMS = ("parallel", "recurrent", "chunkwise", "blockwise", "fused", "auto")
-MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares
+MODEL_FORMS = ("parallel", "recurrent", "chunkwise")  # the forms that a parity check compares, "fused" beside them where it can run
 DIRECTIONS = {"both": ("forward", "backward"), "forward": ("forward",), "backward": ("backward",)}
 
 # looked up at each call: a test can put a faulty form in place of one
@@ -26,10 +27,34 @@ PARALLEL_UP_TO = 192
 PARALLEL_UP_TO_VECTOR = 128
 
 
-def choose_form(length: int, vector: bool = False) -> str:
-    """The form that ``form="auto"`` stands for: ``parallel`` up to 192 tokens, or 128 with a decay per channel, ``chunkwise`` above.
+def can_run_fused(
+    device: torch.device | str, dtype: torch.dtype = torch.float32, *, vector: bool = False, key_width: int = 64, value_width: int = 64
+) -> bool:
+    """Whether ``form="fused"`` runs on a GPU with these inputs: Triton, a decay per head, float32 or half precision, widths up to 128.
 
-    Measured on a CPU (AVX2, float32, chunk 64), forward alone and with backward. The lengths from which chunkwise is the faster:
+    dtype: the widest of q, k and v; vector: whether a decay has one value per channel. False for Triton's interpreter on a CPU, in which
+    the form does run, for tests.
+    """
+    device = torch.device(device)
+    return device.type == "cuda" and obstacle(device, dtype, vector, key_width, value_width) is None
+
+
+def choose_form(
+    length: int,
+    vector: bool = False,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    key_width: int = 64,
+    value_width: int = 64,
+) -> str:
+    """The form that ``form="auto"`` stands for.
+
+    On CUDA ``fused``, at every length, wherever it can run (``can_run_fused``). Elsewhere ``parallel`` up to 192 tokens, or 128 with a
+    decay per channel (``vector``), and ``chunkwise`` above. It looks at no derivatives: higher ones need ``form="parallel"`` by name.
+
+    The rule without ``fused`` was measured on a CPU (AVX2, float32, chunk 64), forward alone and with backward. The lengths from which
+    chunkwise is the faster:
 
     =======================  ================  =================
     decay                    B=1, H=4, D=64    B=16, H=4, D=32
@@ -40,8 +65,11 @@ def choose_form(length: int, vector: bool = False) -> str:
     selective, per channel   64 to 250         64 to 190
     =======================  ================  =================
 
-    ``recurrent`` and ``blockwise`` are never the fastest. Other devices follow the same rule until they are measured.
+    ``recurrent`` and ``blockwise`` are never the fastest. What ``fused`` leaves to others on a GPU (float64, a decay per channel, wider
+    heads) follows the same rule, not measured there.
     """
+    if can_run_fused(device, dtype, vector=vector, key_width=key_width, value_width=value_width):
+        return "fused"
     return "parallel" if length <= (PARALLEL_UP_TO_VECTOR if vector else PARALLEL_UP_TO) else "chunkwise"
 
 
@@ -87,9 +115,13 @@ def run_form(
     form: str,
     chunk_size: int,
     with_den: bool,
+    eps: float | None,
     sequence_group: "torch.distributed.ProcessGroup | None",
 ) -> tuple[Tensor, Tensor | None]:
-    """Check the arguments, bring them to one shape and dtype, and run the form: (num, den or None), float32 for half-precision inputs."""
+    """Check the arguments, bring them to one shape and dtype, and run the form: (num, den or None), float32 for half-precision inputs.
+
+    Given ``eps``, the fused form divides by itself: (num / (den + eps), None) then, in the widest dtype of q, k, v.
+    """
     checks.check_tensors(q, k, v)
     double = torch.float64 in (q.dtype, k.dtype, v.dtype)
     checks.check_decay("forward_log_decay", forward_log_decay, q, double=double)
@@ -107,23 +139,38 @@ def run_form(
     forward = to_steps(forward_log_decay) if "forward" in directions else None
     backward = to_steps(backward_log_decay) if "backward" in directions else None
     if form == "auto":
-        form = choose_form(q.shape[1], is_vector(forward, backward))
-    if form == "fused":
-        raise ValueError("form: 'fused' is not in this build, which has no GPU kernels yet; use 'chunkwise' or 'auto'")
+        widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        widths = {"key_width": q.shape[3], "value_width": v.shape[3]}
+        form = choose_form(q.shape[1], is_vector(forward, backward), device=q.device, dtype=widest, **widths)
     with no_autocast(q.device):
-        if padding_mask is not None:
+        # the kernels read the mask: no copies
+        if padding_mask is not None and (form != "fused" or sequence_group is not None):
             q, k, v = hide_padding(q, k, v, padding_mask)
-        num, den = _IMPLEMENTATIONS[form](
-            q,
-            k,
-            v,
-            forward,
-            backward,
-            weight=float(diagonal_weight),
-            directions=directions,
-            with_den=with_den,
-            chunk_size=chunk_size,
-        )
+        if form == "fused":
+            num, den = fused(
+                q,
+                k,
+                v,
+                forward_log_decay if "forward" in directions else None,
+                backward_log_decay if "backward" in directions else None,
+                padding_mask,
+                weight=float(diagonal_weight),
+                directions=directions,
+                scaled=with_den,
+                eps=eps if sequence_group is None else None,
+            )
+        else:
+            num, den = _IMPLEMENTATIONS[form](
+                q,
+                k,
+                v,
+                forward,
+                backward,
+                weight=float(diagonal_weight),
+                directions=directions,
+                with_den=with_den,
+                chunk_size=chunk_size,
+            )
         if sequence_group is not None:
             num, den = add_other_ranks(num, den, q, k, v, forward, backward, directions=directions, group=sequence_group)
         return num, den
@@ -155,8 +202,8 @@ def bidirectional_linear_attention(
 
     A decay per channel weighs the channels inside q_i . k_j. Nothing divides by sqrt(Dk): scale q where that is wanted.
 
-    q, k: ``(B, L, H, Dk)``; v: ``(B, L, H, Dv)``; float64, float32, bfloat16 or float16. Half precision is computed in float32, whatever
-        ``torch.autocast`` says; inputs of several dtypes are computed in the widest.
+    q, k: ``(B, L, H, Dk)``; v: ``(B, L, H, Dv)``; float64, float32, bfloat16 or float16. Half precision is computed in float32 (by "fused"
+        in bfloat16 products, summed in float32), whatever ``torch.autocast`` says; inputs of several dtypes are computed in the widest.
     forward_log_decay, backward_log_decay: None (no decay), fixed ``(H,)`` or ``(H, Dk)``, selective ``(B, L, H)`` or ``(B, L, H, Dk)``;
         values <= 0, float32 (float64 beside float64 inputs). The two may differ in kind. See ``step_log_decays``.
     scaled: divide by the denominator plus ``eps``.
@@ -165,7 +212,8 @@ def bidirectional_linear_attention(
     padding_mask: bool ``(B, L)``, True = real token. Padded tokens give no key and no value, and their output is 0; their decays still
         count, so padding at either end equals cutting it off.
     form: "parallel", "recurrent", "chunkwise", "blockwise", "fused" or "auto" (``choose_form`` tells which); all give the same results.
-    chunk_size: tokens a chunk in the chunkwise, blockwise and fused forms; not a part of the result.
+        "fused" is for GPUs: float32 and half precision, no decay per channel, Dk and Dv up to 128.
+    chunk_size: tokens a chunk in the chunkwise and blockwise forms; not a part of the result.
     sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
         own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
         direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
@@ -189,6 +237,7 @@ def bidirectional_linear_attention(
         form=form,
         chunk_size=chunk_size,
         with_den=scaled,
+        eps=float(eps),
         sequence_group=sequence_group,
     )
     if den is None:
@@ -231,6 +280,7 @@ def bidirectional_linear_attention_parts(
         form=form,
         chunk_size=chunk_size,
         with_den=True,
+        eps=None,
         sequence_group=sequence_group,
     )
 
@@ -241,7 +291,8 @@ def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: in
     ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
     plan to the byte. "parallel" counts six L x L matrices per head (scores, decays and their parts); the others the numerator, "chunkwise"
     the states of both directions at every chunk of 64 (as under ``torch.compile``; eager mode keeps
-    fewer), and what they work on at a time.
+    fewer), and what they work on at a time. "fused" counts states at every 64 tokens, in the dtype of the inputs, sums of decays and
+    the denominator; "auto" is counted as on a CPU.
     """
     checks.choice("form", form, FORMS)
     form = choose_form(length) if form == "auto" else form
@@ -255,4 +306,6 @@ def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: in
     if form == "blockwise":
         return item * (2 * numerator + rows * length * width + 8 * rows * 64 * max(64, width))
     chunks = -(-length // 64)
+    if form == "fused":
+        return 2 * rows * chunks * (key_width * (value_width * itemsize + 4) + 64) + rows * length * 20
     return item * (numerator + (2 * state * chunks if chunks > 1 else 0) + 16 * min(2**19, rows * length * max(64, width)))

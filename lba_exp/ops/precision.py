@@ -30,10 +30,12 @@ def first_derivative(backward: Callable) -> Callable:
     def run(ctx, grad, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the recurrent and chunkwise forms, and any with a sequence_group, have first derivatives only, so no create_graph=True; "
+                "the recurrent, chunkwise and fused forms, and any with a sequence_group, have first derivatives only, so no "
+                "create_graph=True; "
                 "form='parallel' has higher ones"
             )
-        with no_autocast(grad.device):
+        device = next(x.device for x in (grad, *grads) if x is not None)
+        with no_autocast(device):
             return backward(ctx, grad, *grads)
 
     return run
@@ -44,4 +46,4 @@ def no_forward_mode(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError("the recurrent form and streaming have no forward-mode derivatives (jvp); form='parallel' has them")
+        raise RuntimeError("the recurrent and fused forms and streaming have no forward-mode derivatives (jvp); form='parallel' has them")

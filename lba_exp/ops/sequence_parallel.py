@@ -58,7 +58,7 @@ def add_other_ranks(
         state = own[:0].sum(0)  # zeros that hang on what was gathered: every rank takes part in the backward pass
         for other in range(ranks - 1, rank, -1) if reverse else range(rank):
             state = state * whole[other].exp().mT + own[other]
-        num, den = _Enter.apply(num, den, q, state, backward if reverse else forward, reverse, number > 0)
+        num, den = _Enter.apply(num.to(state.dtype), den, q, state, backward if reverse else forward, reverse, number > 0)
     return num, den
 
 

@@ -66,6 +66,16 @@ def test_a_wrong_form_is_named_and_changes_nothing():
         Stack(SoftmaxAttention(8, 2)).set_form("recurent")
 
 
+def test_the_fused_form_waits_for_a_gpu():
+    # asked for before the weights are moved; compared by a parity check only where it runs
+    stack = Stack(LinearAttention(8, 2, form="fused"), LinearAttention(8, 2))
+    assert stack.set_form("fused") is None and stack.form == "fused" and "fused" not in stack.forms
+    mixed = Stack(LinearAttention(8, 2, form="recurrent"), LinearAttention(8, 2, gate="selective_vector"))
+    with pytest.raises(ValueError, match="form: got 'fused', valid are 'parallel', 'recurrent', 'chunkwise', 'auto'"):
+        mixed.set_form("fused")
+    assert [mixer.form for mixer in mixed.mixers] == ["recurrent", "parallel"]
+
+
 def test_switching_forms_does_nothing_to_a_model_without_linear_layers():
     stack, x = Stack(SoftmaxAttention(8, 2)), torch.randn(2, 3, 8)
     before = stack.run_blocks(x)

@@ -183,6 +183,7 @@ CONFLICTS = [
     ({"gate": "fixed", "open_first": True}, "open_first=true needs a gate per token"),
     ({"diagonal": "twice", "direction": "forward"}, "diagonal=twice .* needs direction=both, got forward"),
     ({"gate": "softplus_vector", "form": "chunkwise"}, "gate=softplus_vector .* needs form=parallel, got chunkwise"),
+    ({"gate": "selective_vector", "form": "fused"}, "form=fused needs one decay per head: .* got gate=selective_vector"),
 ]
 
 

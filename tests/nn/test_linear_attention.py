@@ -200,7 +200,7 @@ def test_form_is_a_switch_among_the_operators_forms():
     assert layer.form == "parallel" and layer.forms == tuple(ops.MODEL_FORMS) and set(FORMS) <= set(layer.forms)
     layer.form = "recurrent"
     assert layer.form == "recurrent" and "form=recurrent" in repr(layer)
-    with pytest.raises(ValueError, match=r"form: got 'parralel', valid are .*'recurrent', 'chunkwise', 'auto'; did you mean 'parallel'"):
+    with pytest.raises(ValueError, match=r"form: got 'parralel', valid are .*'chunkwise', 'fused', 'auto'; did you mean 'parallel'"):
         layer.form = "parralel"
     assert layer.form == "recurrent"
 

@@ -106,8 +106,11 @@ def error(x, expected, *others):
     return ((x.double() - expected.double()).norm() / scale).item()
 
 
-def errors(case: Case, form: str) -> dict[str, float]:
-    """The contract's relative errors of a form: outputs and gradients; of numerator and denominator where y itself is not judged."""
+def errors(case: Case, form: str, judge=reference) -> dict[str, float]:
+    """The contract's relative errors of a form: outputs and gradients; of numerator and denominator where y itself is not judged.
+
+    judge: has the ``attention`` and ``attention_parts`` of ``reference``.
+    """
     *tensors, mask = case.tensors()
     judged = case.scaled and not case.signed and case.diagonal_weight > 0
     result = {}
@@ -126,8 +129,8 @@ def errors(case: Case, form: str) -> dict[str, float]:
 
     def exact(*xs, hold_den=False):
         if case.scaled and not judged:
-            return reference.attention_parts(*xs, padding_mask=mask, **case.options())
-        return (reference.attention(*xs, scaled=case.scaled, padding_mask=mask, hold_den=hold_den, **case.options()),)
+            return judge.attention_parts(*xs, padding_mask=mask, **case.options())
+        return (judge.attention(*xs, scaled=case.scaled, padding_mask=mask, hold_den=hold_den, **case.options()),)
 
     inputs, doubles, held = leaves(tensors), leaves(tensors, double=True), leaves(tensors, double=True)
     outputs, expected = ours(*inputs), exact(*doubles)
@@ -141,11 +144,11 @@ def errors(case: Case, form: str) -> dict[str, float]:
     return result
 
 
-def check(case: Case, form: str) -> None:
-    """Raise AssertionError where an error of the form is above the contract's tolerance."""
-    found = errors(case, form)
-    wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[case.dtype]}
-    assert not wrong, f"{form}: relative errors above {TOLERANCE[case.dtype]:g}: {wrong} for {case}"
+def check(case: Case, form: str, judge=reference, tolerance: float | None = None) -> None:
+    """Raise AssertionError where an error of the form is above the tolerance, the contract's unless another one is given."""
+    tolerance = TOLERANCE[case.dtype] if tolerance is None else tolerance
+    wrong = {name: value for name, value in errors(case, form, judge).items() if not value <= tolerance}
+    assert not wrong, f"{form}: relative errors above {tolerance:g}: {wrong} for {case}"
 
 
 KINDS = ("none", "fixed", "fixed_vector", "selective", "selective_vector")

@@ -32,7 +32,6 @@ MISTAKES = [
     ({"padding_mask": torch.ones(5, dtype=torch.bool)}, "padding_mask: .*\\(2, 5\\).*\\(5,\\)"),
     ({"form": "chunk"}, "form: .*'chunk'.*'parallel', .*'auto'; did you mean 'chunkwise'"),
     ({"form": None}, "form: .*None"),
-    ({"form": "fused"}, "form: 'fused' .*no GPU kernels yet"),
     ({"chunk_size": 0}, "chunk_size: .*>= 1.*0"),
     ({"chunk_size": 64.0}, "chunk_size: .*64.0"),
     ({"eps": -1.0}, "eps: .*>= 0.*-1.0"),

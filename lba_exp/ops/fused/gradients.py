@@ -67,7 +67,8 @@ def queries_gradient_kernel(
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, sob, sol, soh, smb,
     length, H, NB, NSEG, blocks_per_segment, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     NEED_F: tl.constexpr, NEED_G: tl.constexpr,
     STATES: tl.constexpr, JOINED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -179,11 +180,12 @@ def keys_gradient_kernel(
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, smb,
     length, H, NB, NSEG, blocks_per_segment, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     NEED_F: tl.constexpr, NEED_G: tl.constexpr,
     STATES: tl.constexpr, JOINED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV_, contiguous; and what was missing in DF and DG is added. After ``queries_gradient_kernel``; arguments and grid as there."""
+    """DK and DV_, contiguous; what is missing in DF and DG is added. After ``queries_gradient_kernel``, arguments and grid as there."""
     pid = tl.program_id(0)
     h = pid % H
     block = (pid // H) % NB

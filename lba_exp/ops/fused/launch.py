@@ -87,7 +87,10 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 class _States:
     """What enters the blocks from the right, or from both sides with two walks, and the segments from both; states or their adjoints."""
 
-    def __init__(self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *, walks=1, den=None, out=None, dot=None, adjoint=False):
+    def __init__(
+        self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *,
+        walks=1, den=None, out=None, dot=None, adjoint=False,
+    ):  # fmt: skip
         high, low, totals, blocks = sums
         count, per_segment = cut
         # states go to the left by the backward decays, adjoints by the forward ones
@@ -184,7 +187,7 @@ def backward(
     grads = (totals if df is None else df, totals if dg is None else dg)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     numbers = (size.L, size.H, blocks, count, per_segment, call.weight, call.eps)
-    options = dict(
+    options = dict(  # noqa: C408
         D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
         FORWARD=call.forward, BACKWARD=call.backward, NEED_F=need_f, NEED_G=need_g, STATES=blocks > 1, JOINED=count > 1,

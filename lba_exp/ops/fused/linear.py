@@ -27,7 +27,7 @@ def linear_states_kernel(
     ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x y^T over segments of ``tokens`` tokens: S (B H, NSEG, D, DV) and Z (B H, NSEG, D) float32. As ``states_kernel`` otherwise."""
+    """Sums of x y^T over segments of ``tokens`` tokens: S (B H, NSEG, D, DV), Z (B H, NSEG, D) float32; else as ``states_kernel``."""
     pid = tl.program_id(0)
     h = pid % H
     segment = (pid // H) % NSEG
@@ -73,7 +73,7 @@ def linear_outputs_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BQ: tl.constexpr, REPEAT: tl.constexpr,
     SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """OUT (B, L, H, DV) and DEN (B, H, L) of REPEAT tiles of BQ rows, from the one state of all tokens. Grid (H TILES B,), heads fastest."""
+    """OUT (B, L, H, DV) and DEN (B, H, L) of REPEAT tiles of BQ rows, from the state of all tokens. Grid (H TILES B,), heads fastest."""
     pid = tl.program_id(0)
     h = pid % H
     tile = (pid // H) % TILES

@@ -12,7 +12,8 @@ def outputs_kernel(
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, smb, sob, sol, soh,
     length, H, NB, NSEG, blocks_per_segment, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     STATES: tl.constexpr, JOINED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """OUT (B, L, H, DV), num / (den + eps) where DIVIDED, else num; DEN (B, H, L) where SCALED; one program a segment of blocks.
@@ -99,8 +100,10 @@ def outputs_kernel(
             ok_k = start + cols < length
             if MASKED:
                 ok_k = ok_k & (tl.load(MASK + b * smb + start + cols, mask=ok_k, other=0) != 0)
-            k = tl.load(K + b * skb + h * skh + start * skl + (cols[:, None] * skl + d[None, :]), mask=ok_k[:, None] & in_d[None, :], other=0.0)
-            v = tl.load(V + b * svb + h * svh + start * svl + (cols[:, None] * svl + dv[None, :]), mask=ok_k[:, None] & in_dv[None, :], other=0.0)
+            in_k = ok_k[:, None] & in_d[None, :]
+            k = tl.load(K + b * skb + h * skh + start * skl + (cols[:, None] * skl + d[None, :]), mask=in_k, other=0.0)
+            in_v = ok_k[:, None] & in_dv[None, :]
+            v = tl.load(V + b * svb + h * svh + start * svl + (cols[:, None] * svl + dv[None, :]), mask=in_v, other=0.0)
             k_t = tl.trans(k.to(COMPUTE))
             a_col = tl.load(HIGH + a + cols)
             c_col = tl.load(HIGH + c + cols)

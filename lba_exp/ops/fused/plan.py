@@ -101,6 +101,4 @@ def clipped(plan: Plan, length: int) -> Plan:
     if length > plan.block // 2:
         return plan
     size = max(16, 1 << (length - 1).bit_length())
-    return replace(
-        plan, block=size, columns=min(plan.columns, size), state_columns=min(plan.state_columns, size)
-    )
+    return replace(plan, block=size, columns=min(plan.columns, size), state_columns=min(plan.state_columns, size))

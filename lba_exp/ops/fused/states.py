@@ -1,4 +1,4 @@
-"""Kernels: the states that enter each block of tokens from the right, and the sums of whole segments, from which their edges' states are joined."""
+"""Kernels: the states that enter each block of tokens, and the sums of whole segments, from which the states at their edges are joined."""
 
 import triton
 import triton.language as tl
@@ -32,15 +32,15 @@ def states_kernel(
 ):  # fmt: skip
     """Sums of x y^T that enter each block from the right, decayed to the block's border, and over each whole segment in both directions.
 
-    States (ADJOINT = False): x, y = k, v; from the right by the backward decays, from the left by the forward ones. Their adjoints: x, y = q
-    and the numerator's gradient, dy / (den + eps) where DIVIDED; from the right by the forward decays, from the left by the backward ones;
-    the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
+    States (ADJOINT = False): x, y = k, v; from the right by the backward decays, from the left by the forward ones. Their adjoints:
+    x, y = q and the numerator's gradient, dy / (den + eps) where DIVIDED; from the right by the forward decays, from the left by the
+    backward ones; the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
 
-    A program walks over one segment of blocks from right to left, and where WALKS = 2 another one from left to right. S: (B H, NB, D, DV),
-    what enters each block as the segment alone makes it (LEFTWARD), and beside it what enters from the left where WALKS = 2; Z: (B H, NB, D)
-    the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's edge to the block's. SEG, SEG_Z:
-    (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD), then to the left;
-    SEG_T: (2, B H, NSEG), their log decays. Grid (WALKS H NSEG B,), walks fastest, then heads.
+    A program walks over one segment of blocks from right to left, and where WALKS = 2 another one from left to right.
+    S: (B H, NB, D, DV), what enters each block as the segment alone makes it (LEFTWARD), and beside it what enters from the left where
+    WALKS = 2; Z: (B H, NB, D) the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's edge to the
+    block's. SEG, SEG_Z: (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD),
+    then to the left; SEG_T: (2, B H, NSEG), their log decays. Grid (WALKS H NSEG B,), walks fastest, then heads.
     """
     walk = tl.program_id(0) % WALKS  # 0: from right to left
     pid = tl.program_id(0) // WALKS
@@ -93,7 +93,8 @@ def states_kernel(
             if MASKED:
                 ok = ok & (tl.load(MASK + b * smb + start + r, mask=ok, other=0) != 0)
             in_y = ok[:, None] & (dv[None, :] < DV)
-            x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=ok[:, None] & (d[None, :] < D), other=0.0)
+            in_x = ok[:, None] & (d[None, :] < D)
+            x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=in_x, other=0.0)
             y = tl.load(Y + b * syb + h * syh + start * syl + (r[:, None] * syl + dv[None, :]), mask=in_y, other=0.0)
             x = x.to(COMPUTE)
             x_t = tl.trans(x)
@@ -148,8 +149,10 @@ def states_kernel(
 def join_kernel(
     SEG, SEG_Z, SEG_T, BH, NSEG, first, D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BDV: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Turns the segments' sums into what enters each segment, in place. Grid (B H, rows / BR, directions), from ``first`` on: 0 what goes to
-    the right, 1 to the left."""
+    """Turns the segments' sums into what enters each segment, in place.
+
+    Grid (B H, rows / BR, directions), directions from ``first`` on: 0 what goes to the right, 1 to the left.
+    """
     direction = first + tl.program_id(2)
     bh = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BR + tl.arange(0, BR)

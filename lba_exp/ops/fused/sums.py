@@ -15,8 +15,8 @@ def sums_kernel(
 ):  # fmt: skip
     """Per block of CB tokens: forward decays summed up to and with each token, backward ones without it, and the whole block's.
 
-    F, G: log decays (B, L, H) by strides. HIGH, LOW: (2, B H, NB CB) float32, whose sum is the sum in powers of two; TOTALS: (2, 2, B H, NB),
-    high and low parts of both directions. Sums are made in float64. Grid (NB, B, H / BH).
+    F, G: log decays (B, L, H) by strides. HIGH, LOW: (2, B H, NB CB) float32, whose sum is the sum in powers of two;
+    TOTALS: (2, 2, B H, NB), high and low parts of both directions. Sums are made in float64. Grid (NB, B, H / BH).
     """
     block = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
