@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lba_exp.ops.fused import plan as plans
-from lba_exp.ops.fused.gradients import keys_gradient_kernel, queries_gradient_kernel
+from lba_exp.ops.fused.gradients import around_kernel, keys_gradient_kernel, queries_gradient_kernel
 from lba_exp.ops.fused.linear import linear_gradients_kernel, linear_outputs_kernel, linear_states_kernel
 from lba_exp.ops.fused.outputs import outputs_kernel
-from lba_exp.ops.fused.states import join_kernel, states_kernel
+from lba_exp.ops.fused.states import scan_kernel, states_kernel
 from lba_exp.ops.fused.sums import sums_kernel
+
+SCAN = 512  # numbers of a state that one program of scan_kernel goes through
 
 
 @dataclass(frozen=True)
@@ -84,46 +86,38 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return (other, 0) if mask is None else (mask.contiguous().view(torch.uint8), mask.shape[1])
 
 
-class _States:
-    """What enters the blocks from the right, or from both sides with two walks, and the segments from both; states or their adjoints."""
+def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
+    """What enters the blocks from the right and from the left, states or their adjoints: (2, B H, blocks, D, Dv), (2, B H, blocks, D)."""
+    high, low, totals, blocks = sums
+    # states go to the left by the backward decays, adjoints by the forward ones
+    leftward, rightward = (call.forward, call.backward) if adjoint else (call.backward, call.forward)
+    first, walks = 0 if leftward else 1, leftward + rightward
+    s = size.empty(2, size.BH, blocks, size.D, size.DV, dtype=size.dtype)
+    z = size.empty(2, size.BH, blocks if call.scaled else 0, size.D)
+    count, per_segment = plans.segments(blocks, walks * size.BH, size.device, plans.WALKS)
+    seg, seg_z, seg_t = size.empty(2, size.BH, count, size.D, size.DV), size.empty(2, size.BH, count, size.D), size.empty(2, size.BH, count)
+    divided = call.divided and adjoint
+    out = y if out is None else out
+    mask, mask_stride = _mask(mask, totals)
 
-    def __init__(
-        self, size: _Sizes, call: Call, plan: plans.Plan, sums, cut, x, y, mask, *,
-        walks=1, den=None, out=None, dot=None, adjoint=False,
-    ):  # fmt: skip
-        high, low, totals, blocks = sums
-        count, per_segment = cut
-        # states go to the left by the backward decays, adjoints by the forward ones
-        leftward, rightward = (call.forward, call.backward) if adjoint else (call.backward, call.forward)
-        if walks == 2:
-            leftward, rightward = True, False  # each walk its own
-        rightward = rightward and count > 1
-        places = blocks * walks if leftward else 0
-        s = size.empty(size.BH, places, size.D, size.DV, dtype=size.dtype)
-        z = size.empty(size.BH, places if call.scaled else 0, size.D)
-        t = size.empty(size.BH, places)
-        seg = size.empty(2, size.BH, count, size.D, size.DV)
-        seg_z = size.empty(2, size.BH, count if call.scaled else 0, size.D)
-        seg_t = size.empty(2, size.BH, count)
-        self.tensors = s, z, t, seg, seg_z
-        if not (leftward or rightward or (adjoint and call.divided)):
-            return
-        divided = call.divided and adjoint
-        out = y if out is None else out
-        mask, mask_stride = _mask(mask, totals)
+    def walk(enter: bool, store: bool) -> None:
         states_kernel[(walks * size.H * count * size.B,)](
-            x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, s, z, t, seg, seg_z, seg_t,
-            *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, blocks, count, per_segment, call.eps,
-            D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.state_columns,
-            ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, EXACT=size.compute == tl.float32,
-            LEFTWARD=leftward, RIGHTWARD=rightward, WALKS=walks, PRECISION=size.precision, COMPUTE=size.compute,
-            num_warps=plan.state_warps, num_stages=plan.state_stages, maxnreg=plan.state_registers,
+            x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, s, z, seg, seg_z, seg_t,
+            *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, blocks, count, per_segment, first, call.eps,
+            D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.state_columns, WALKS=walks,
+            ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, ENTER=enter, STORE=store,
+            EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
+            num_warps=plan.state_warps, num_stages=plan.state_stages,
         )  # fmt: skip
-        if count > 1 and (leftward or rightward):
-            both = rightward or walks == 2
-            join_kernel[(size.BH, triton.cdiv(size.BD, 16), both + leftward)](
-                seg, seg_z, seg_t, size.BH, count, 0 if both else 1, D=size.D, DV=size.DV, BR=16, BDV=size.BDV, SCALED=call.scaled
-            )
+
+    if count > 1:  # few sequences: segments of them side by side, whose states are known after a first walk
+        walk(enter=False, store=False)
+        numbers = size.D * size.DV
+        scan_kernel[(triton.cdiv(numbers, SCAN), size.BH, walks)](
+            seg, seg_z, seg_t, size.BH, count, first, SIZE=numbers, D=size.D, BD=size.BD, BE=SCAN, SCALED=call.scaled
+        )
+    walk(enter=count > 1, store=True)
+    return s, z
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -136,20 +130,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None,
     if call.is_linear(f, g):
         _linear_forward(q, k, v, mask, call, size, out, den)
         return out, den
-    plan = plans.clipped(plans.choose("forward", size.dtype, size.width), size.L)
+    plan = plans.choose("forward", size.dtype, size.width, size.L)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
-    cut = count, per_segment = plans.segments(blocks, size.BH, size.device, plan.programs)
-    tensors = (totals,) * 5
-    if blocks > 1:
-        tensors = _States(size, call, plan, sums, cut, k, v, mask).tensors
+    s, z = _states(size, call, plan, sums, k, v, mask) if blocks > 1 else (totals, totals)
     mask, mask_stride = _mask(mask, totals)
-    outputs_kernel[(size.H * count * size.B,)](
-        q, k, v, mask, high, low, totals, *tensors, out, den,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, *out.stride()[:3],
-        size.L, size.H, blocks, count, per_segment, call.weight, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.columns,
+    outputs_kernel[(size.H * blocks * (plan.block // plan.rows) * size.B,)](
+        q, k, v, mask, high, low, totals, s, z, out, den,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, *out.stride()[:3], size.L, size.H, blocks, call.weight, call.eps,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BQ=plan.rows, BT=plan.columns,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
-        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1, JOINED=count > 1,
+        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
@@ -174,40 +164,47 @@ def backward(
     if call.is_linear(f, g):
         _linear_backward(q, k, v, mask, call, size, out, den, grad, dot, dq, dk, dv)
         return dq, dk, dv, None, None
-    plan = plans.clipped(plans.choose("backward", size.dtype, size.width), size.L)
+    plan = plans.choose("backward", size.dtype, size.width, size.L)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     need_f, need_g = needs[0] and call.forward, needs[1] and call.backward
     df, dg = (size.empty(size.B, size.H, size.L) if need else None for need in (need_f, need_g))
-    cut = count, per_segment = plans.segments(blocks, size.BH, size.device, plan.programs)
-    tensors, adjoints = (totals,) * 5, (totals,) * 5
+    s, z, a, az = (totals,) * 4
     if blocks > 1:
-        tensors = _States(size, call, plan, sums, cut, k, v, mask, walks=2).tensors
-        adjoints = _States(size, call, plan, sums, cut, q, grad, mask, walks=2, den=den, out=out, dot=dot, adjoint=True).tensors
+        s, z = _states(size, call, plan, sums, k, v, mask)
+        a, az = _states(size, call, plan, sums, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
+    per_block = plan.block // plan.columns
+    tiles = blocks * per_block
+    pairs, ends, around = size.empty(size.BH, tiles, per_block), size.empty(4, size.BH, tiles), size.empty(2, size.BH, blocks)
     mask, mask_stride = _mask(mask, totals)
     grads = (totals if df is None else df, totals if dg is None else dg)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    numbers = (size.L, size.H, blocks, count, per_segment, call.weight, call.eps)
-    options = dict(  # noqa: C408
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block,
-        SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
-        FORWARD=call.forward, BACKWARD=call.backward, NEED_F=need_f, NEED_G=need_g, STATES=blocks > 1, JOINED=count > 1,
-        EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
-        num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
-    )  # fmt: skip
-    queries_gradient_kernel[(size.H * blocks * size.B,)](
-        q, k, v, grad, den, out, dot, mask, high, low, totals, *tensors, *adjoints, dq, *grads,
+    numbers = (size.L, size.H, blocks, call.weight, call.eps)
+    cut = {"CB": plan.block, "BT": plan.columns, "NEED_F": need_f, "NEED_G": need_g, "STATES": blocks > 1}
+    options = cut | {
+        "D": size.D, "DV": size.DV, "BD": size.BD, "BDV": size.BDV,
+        "SCALED": call.scaled, "DIVIDED": call.divided, "MASKED": mask_stride > 0, "WEIGHTED": call.weight != 1.0,
+        "FORWARD": call.forward, "BACKWARD": call.backward,
+        "EXACT": size.compute == tl.float32, "PRECISION": size.precision, "COMPUTE": size.compute,
+        "num_warps": plan.warps, "num_stages": plan.stages, "maxnreg": plan.registers,
+    }  # fmt: skip
+    grid = (size.H * tiles * size.B,)
+    queries_gradient_kernel[grid](
+        q, k, v, grad, den, out, dot, mask, high, low, totals, s, z, a, az, dq, *grads, pairs, ends, around,
         *strides, *out.stride()[:3], mask_stride, *numbers, **options,
     )  # fmt: skip
-    keys_gradient_kernel[(size.H * blocks * size.B,)](
-        q, k, v, grad, den, dot, mask, high, low, totals, *adjoints, dk, dv, *grads, *strides, mask_stride, *numbers, **options
-    )
+    keys_gradient_kernel[grid](
+        q, k, v, grad, den, dot, mask, high, low, totals, a, az, dk, dv, *grads, ends,
+        *strides, mask_stride, *numbers, BQ=plan.rows, **options,
+    )  # fmt: skip
+    if (need_f or need_g) and (blocks > 1 or per_block > 2):
+        around_kernel[(blocks, size.BH)](pairs, ends, around, *grads, size.L, blocks, size.BH, **cut)
     return dq, dk, dv, df, dg
 
 
 def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
     """The sum of x y^T over all tokens: (B H, D, DV) and (B H, D), float32."""
     tiles = triton.cdiv(size.L, plan.state_columns)
-    count, per_segment = plans.segments(tiles, size.BH, size.device, plan.programs)
+    count, per_segment = plans.segments(tiles, size.BH, size.device, plans.PROGRAMS)
     s = size.empty(size.BH, count, size.D, size.DV)
     z = size.empty(size.BH, count, size.D) if call.scaled else s
     divided = call.divided and adjoint
@@ -218,33 +215,33 @@ def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=N
         *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, count, per_segment * plan.state_columns, call.eps,
         D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BT=plan.state_columns,
         ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
-        num_warps=plan.state_warps, num_stages=plan.state_stages, maxnreg=plan.state_registers,
+        num_warps=plan.state_warps, num_stages=plan.state_stages,
     )  # fmt: skip
     return (s, z) if count == 1 else (s.sum(1), z.sum(1) if call.scaled else s)
 
 
 def _tiles(size: _Sizes, plan: plans.Plan) -> tuple[int, int]:
     """Tiles of rows that one program takes, and programs a sequence: few tiles where the GPU would not be full otherwise."""
-    tiles = triton.cdiv(size.L, plan.block)
+    tiles = triton.cdiv(size.L, plan.rows)
     repeat = 4 if tiles * size.BH >= 4 * 4 * plans.processors(size.device) else 1
     return repeat, triton.cdiv(tiles, repeat)
 
 
 def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, out: Tensor, den: Tensor) -> None:
-    plan = plans.choose("linear", size.dtype, size.width)
+    plan = plans.choose("linear", size.dtype, size.width, size.L)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     repeat, tiles = _tiles(size, plan)
     mask, mask_stride = _mask(mask, s)
     linear_outputs_kernel[(size.H * tiles * size.B,)](
         q, mask, s, z, out, den, *q.stride()[:3], mask_stride, *out.stride()[:3], size.L, size.H, tiles, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.block, REPEAT=repeat,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.rows, REPEAT=repeat,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
 
 
 def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, dot, dq, dk, dv) -> None:
-    plan = plans.choose("linear", size.dtype, size.width)
+    plan = plans.choose("linear", size.dtype, size.width, size.L)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     a, az = _linear_sum(size, call, plan, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
     repeat, tiles = _tiles(size, plan)
@@ -252,7 +249,7 @@ def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, do
     linear_gradients_kernel[(size.H * tiles * size.B,)](
         k, v, grad, den if call.divided else s, dot, mask, s, z, a, az, dq, dk, dv,
         *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3], mask_stride, size.L, size.H, tiles, call.eps,
-        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.block, REPEAT=repeat,
+        D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, BQ=plan.rows, REPEAT=repeat,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip

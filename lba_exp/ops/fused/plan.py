@@ -10,60 +10,62 @@ import torch
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one launch. Results differ between plans by rounding alone.
+    """Sizes of one launch, in tokens where nothing else is said. Results differ between plans by rounding alone.
 
     Attributes:
-        block: tokens of a block, between whose borders states are carried (CB).
-        columns: keys at a time inside a block (BT), at most ``block``.
-        state_columns: tokens at a time where states are summed (BT there), at most ``block``.
-        programs: segments a multiprocessor, as long as there are blocks enough.
-        warps, stages: of the kernel that writes outputs or gradients.
-        state_warps, state_stages: of the kernel that sums states.
-        registers, state_registers: the most that a thread of either may take; None: what the compiler takes.
+        block: of a block, between whose borders states are carried (0 without decay).
+        rows: queries of a program that writes outputs; for the gradients of keys, queries at a time, a divisor of ``columns``.
+        columns: keys at a time; for gradients, tokens of a program and keys at a time; a divisor of ``block``.
+        warps, stages: of the kernels that write outputs or gradients.
+        state_columns, state_warps, state_stages: the same of the kernel that sums states; state_columns is a divisor of ``block``.
+        registers: the most that a thread of the former may take; None: what the compiler takes.
     """
 
     block: int
+    rows: int
     columns: int
-    state_columns: int
-    programs: int
     warps: int
     stages: int
+    state_columns: int
     state_warps: int
     state_stages: int
     registers: int | None = None
-    state_registers: int | None = None
 
 
-# forward and backward plans by compute dtype and width
+# by compute dtype and width: the plan of sequences of up to SHORT tokens, which are one block then, and that of longer ones
+SHORT = 256
 FORWARD = {
-    ("half", 64): Plan(64, 64, 64, 8, 4, 1, 8, 3),
-    ("half", 128): Plan(64, 64, 64, 8, 8, 1, 8, 2),
-    ("full", 64): Plan(32, 32, 32, 8, 4, 1, 4, 1),
-    ("full", 128): Plan(32, 32, 32, 8, 8, 1, 8, 1),
+    ("half", 64): (Plan(256, 64, 32, 4, 3, 64, 4, 3), Plan(128, 64, 64, 4, 2, 128, 4, 2)),
+    ("half", 128): (Plan(256, 64, 32, 8, 2, 64, 8, 2), Plan(128, 64, 64, 8, 2, 64, 8, 2)),
+    ("full", 64): (Plan(32, 32, 32, 4, 1, 32, 4, 1), Plan(32, 32, 32, 4, 1, 32, 4, 1)),
+    ("full", 128): (Plan(32, 32, 32, 8, 1, 32, 8, 1), Plan(32, 32, 32, 8, 1, 32, 8, 1)),
 }
 BACKWARD = {
-    ("half", 64): Plan(64, 64, 64, 8, 8, 1, 8, 2),
-    ("half", 128): Plan(64, 64, 64, 8, 8, 1, 8, 2),
-    ("full", 64): Plan(32, 32, 32, 8, 4, 1, 4, 1),
-    ("full", 128): Plan(32, 32, 32, 8, 8, 1, 8, 1),
+    ("half", 64): (Plan(256, 64, 64, 4, 2, 64, 4, 2), Plan(128, 64, 64, 4, 2, 64, 4, 2)),
+    ("half", 128): (Plan(128, 64, 64, 8, 1, 64, 8, 2), Plan(128, 64, 64, 8, 1, 64, 8, 2)),
+    ("full", 64): (Plan(32, 32, 32, 4, 1, 32, 4, 1), Plan(32, 32, 32, 4, 1, 32, 4, 1)),
+    ("full", 128): (Plan(32, 32, 32, 8, 1, 32, 8, 1), Plan(32, 32, 32, 8, 1, 32, 8, 1)),
 }
-# without decay: block is the tile of rows
 LINEAR = {
-    ("half", 64): Plan(128, 64, 64, 8, 4, 2, 4, 3),
-    ("half", 128): Plan(64, 64, 64, 8, 4, 2, 8, 2),
-    ("full", 64): Plan(64, 64, 32, 8, 4, 1, 4, 1),
-    ("full", 128): Plan(32, 32, 32, 8, 4, 1, 8, 1),
+    ("half", 64): (Plan(0, 64, 64, 4, 2, 64, 4, 3), Plan(0, 128, 64, 4, 2, 128, 4, 3)),
+    ("half", 128): (Plan(0, 64, 64, 4, 2, 64, 8, 2), Plan(0, 64, 64, 4, 2, 64, 8, 2)),
+    ("full", 64): (Plan(0, 64, 64, 4, 1, 32, 4, 1), Plan(0, 64, 64, 4, 1, 32, 4, 1)),
+    ("full", 128): (Plan(0, 32, 32, 4, 1, 32, 8, 1), Plan(0, 32, 32, 4, 1, 32, 8, 1)),
 }
+# programs a multiprocessor that sum states, as long as there are tokens enough: without decay, and with
+PROGRAMS = 8
+WALKS = 3
 
 _OVERRIDES: dict[str, Plan] = {}
 
 
-def choose(kind: str, dtype: torch.dtype, width: int) -> Plan:
-    """The plan of "forward", "backward" or "linear" for a compute dtype and the wider of the two (padded) widths."""
+def choose(kind: str, dtype: torch.dtype, width: int, length: int) -> Plan:
+    """The plan of "forward", "backward" or "linear" for a compute dtype, the wider of the two (padded) widths, and a length."""
     if kind in _OVERRIDES:
-        return _OVERRIDES[kind]
+        return clipped(_OVERRIDES[kind], length)
     table = {"forward": FORWARD, "backward": BACKWARD, "linear": LINEAR}[kind]
-    return table["full" if dtype == torch.float32 else "half", 64 if width <= 64 else 128]
+    short, long = table["full" if dtype == torch.float32 else "half", 64 if width <= 64 else 128]
+    return clipped(short if length <= SHORT else long, length)
 
 
 class override:
@@ -89,11 +91,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def segments(blocks: int, rows: int, device: torch.device, per_processor: int) -> tuple[int, int]:
-    """Into how many segments the blocks of each of B H sequences (``rows``) are cut, and the blocks of one: enough to fill the GPU."""
-    count = max(1, min(blocks, processors(device) * per_processor // rows))
-    per_segment = -(-blocks // count)
-    return -(-blocks // per_segment), per_segment
+def segments(tiles: int, rows: int, device: torch.device, programs: int) -> tuple[int, int]:
+    """Into how many segments the tiles of each of ``rows`` sequences are cut, and the tiles of one: ``programs`` a multiprocessor."""
+    count = max(1, min(tiles, processors(device) * programs // rows))
+    per_segment = -(-tiles // count)
+    return -(-tiles // per_segment), per_segment
 
 
 def clipped(plan: Plan, length: int) -> Plan:
@@ -101,4 +103,5 @@ def clipped(plan: Plan, length: int) -> Plan:
     if length > plan.block // 2:
         return plan
     size = max(16, 1 << (length - 1).bit_length())
-    return replace(plan, block=size, columns=min(plan.columns, size), state_columns=min(plan.state_columns, size))
+    sides = {name: min(getattr(plan, name), size) for name in ("rows", "columns", "state_columns")}
+    return replace(plan, block=size, **sides)

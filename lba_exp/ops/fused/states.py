@@ -1,49 +1,33 @@
-"""Kernels: the states that enter each block of tokens, and the sums of whole segments, from which the states at their edges are joined."""
+"""Kernels: what enters each block of tokens from the left and from the right."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def factor(high, low, from_high, from_low, EXACT: tl.constexpr):
-    """2 to the power of a difference of sums that is at most 0."""
-    e = high - from_high
-    if EXACT:
-        e += low - from_low
-    return tl.exp2(tl.where(e > 0, 0.0, e))
-
-
-@triton.jit
-def whole_factor(high, low, EXACT: tl.constexpr):
-    """2 to the power of one sum: the factor over a whole block, which many steps multiply; in float64 where float32 is to be exact."""
-    if EXACT:
-        return tl.exp2(high.to(tl.float64) + low.to(tl.float64)).to(tl.float32)
-    else:
-        return tl.exp2(high)
+from lba_exp.ops.fused.tiles import load_rows, load_sums, real_tokens, whole_factor
 
 
 @triton.jit
 def states_kernel(
-    X, Y, GRAD_SCALE, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, T, SEG, SEG_Z, SEG_T,
-    sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb, length, H, NB, NSEG, blocks_per_segment, eps,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
-    ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    LEFTWARD: tl.constexpr, RIGHTWARD: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    X, Y, DEN, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, SEG, SEG_Z, SEG_T,
+    sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb, length, H, NB, NSEG, blocks_per_segment, first, eps,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr, WALKS: tl.constexpr,
+    ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ENTER: tl.constexpr, STORE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x y^T that enter each block from the right, decayed to the block's border, and over each whole segment in both directions.
+    """Sums of x y^T over all tokens on one side of a block, decayed to its border, for each block of a segment.
 
-    States (ADJOINT = False): x, y = k, v; from the right by the backward decays, from the left by the forward ones. Their adjoints:
-    x, y = q and the numerator's gradient, dy / (den + eps) where DIVIDED; from the right by the forward decays, from the left by the
-    backward ones; the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
+    States (ADJOINT = False): x, y = k, v; to the left by the backward decays, to the right by the forward ones. Their adjoints: x, y = q
+    and the numerator's gradient, dy / (den + eps) where DIVIDED; to the left by the forward decays, to the right by the backward ones;
+    the denominator's gradient, -dy . y / (den + eps) or the one given, is DOT, (B, H, L), written where DIVIDED.
 
-    A program walks over one segment of blocks from right to left, and where WALKS = 2 another one from left to right.
-    S: (B H, NB, D, DV), what enters each block as the segment alone makes it (LEFTWARD), and beside it what enters from the left where
-    WALKS = 2; Z: (B H, NB, D) the same of x alone (times DOT for adjoints); T: (B H, NB), the log decay from the segment's edge to the
-    block's. SEG, SEG_Z: (2, B H, NSEG, D, DV) and (2, B H, NSEG, D), the segments' sums, first those that leave to the right (RIGHTWARD),
-    then to the left; SEG_T: (2, B H, NSEG), their log decays. Grid (WALKS H NSEG B,), walks fastest, then heads.
+    A program walks over one segment of blocks in one direction: 0 to the left, 1 to the right, from ``first`` on. STORE: what enters each
+    block is kept in S (2, B H, NB, D, DV), in the dtype of the products, and Z (2, B H, NB, D) float32, the same of x alone (times DOT for
+    adjoints). ENTER: the walk begins with what ``scan_kernel`` left in SEG, SEG_Z; without STORE it leaves there what its segment adds, and
+    in SEG_T the segment's log decay, (2, B H, NSEG, ...) float32. Grid (WALKS H NSEG B,), directions fastest, then heads.
     """
-    walk = tl.program_id(0) % WALKS  # 0: from right to left
-    pid = tl.program_id(0) // WALKS
+    pid = tl.program_id(0)
+    direction = first + pid % WALKS
+    pid = pid // WALKS
     h = pid % H
     segment = (pid // H) % NSEG
     b = (pid // H // NSEG).to(tl.int64)
@@ -51,124 +35,90 @@ def states_kernel(
     BH = tl.num_programs(0) // (NSEG * WALKS)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
-    r = tl.arange(0, BT)
-    acc = tl.zeros((BD, BDV), tl.float32)
-    seg = tl.zeros((BD, BDV), tl.float32)
-    z = tl.zeros((BD,), tl.float32)
-    seg_z = tl.zeros((BD,), tl.float32)
-    log_left = tl.zeros((), tl.float32)
-    log_right = tl.zeros((), tl.float32)
-    zero = tl.zeros((), tl.int64)
-    first = segment * blocks_per_segment
-    last = tl.minimum(first + blocks_per_segment, NB)
-    left: tl.constexpr = 0 if ADJOINT else 1  # whose sums: 0 forward, 1 backward
-    right: tl.constexpr = 1 - left
     cell = d[:, None] * DV + dv[None, :]
-    in_cell = (d[:, None] < D) & (dv[None, :] < DV)
-    own = tl.where(walk == 0, left, right)
-    sums_own = (own * BH + bh) * (NB * CB)
-    sums_right = (right * BH + bh) * (NB * CB)
-    total_own = TOTALS + (own * BH + bh) * NB
-    total_right = TOTALS + (right * BH + bh) * NB
-    LOW_PART = 2 * BH * NB
-    for n in range(first, last):
-        block = tl.where(walk == 0, first + last - 1 - n, n)
-        whole = tl.load(total_own + block)
-        whole_low = tl.load(total_own + LOW_PART + block) if EXACT else 0.0
-        if LEFTWARD:
-            state = (walk * BH + bh) * NB + block
+    in_cell = (d < D)[:, None] & (dv < DV)[None, :]
+    own = direction if ADJOINT else 1 - direction  # whose decays: 0 forward, 1 backward
+    sums = (own * BH + bh) * (NB * CB)
+    totals = (own * BH + bh) * NB
+    at = (direction * BH + bh) * NSEG + segment
+    acc = tl.zeros((BD, BDV), tl.float32)
+    z = tl.zeros((BD,), tl.float32)
+    if ENTER:
+        acc = tl.load(SEG + at * (D * DV) + cell, mask=in_cell, other=0.0)
+        if SCALED:
+            z = tl.load(SEG_Z + at * D + d, mask=d < D, other=0.0)
+    log_decay = tl.zeros((), tl.float32)
+    begin = segment * blocks_per_segment
+    end = tl.minimum(begin + blocks_per_segment, NB)
+    for n in range(begin, end):
+        block = tl.where(direction == 0, begin + end - 1 - n, n)
+        whole = tl.load(TOTALS + totals + block)
+        whole_low = tl.load(TOTALS + 2 * BH * NB + totals + block)
+        if STORE:
+            state = (direction * BH + bh) * NB + block
             tl.store(S + state * (D * DV) + cell, acc.to(S.dtype.element_ty), mask=in_cell)
             if SCALED:
                 tl.store(Z + state * D + d, z, mask=d < D)
-            tl.store(T + state, log_left)
         keep = whole_factor(whole, whole_low, EXACT)
         acc = acc * keep
         z = z * keep
-        if RIGHTWARD:
-            whole_right = tl.load(total_right + block)
-            whole_right_low = tl.load(total_right + LOW_PART + block) if EXACT else 0.0
         for i in tl.static_range(0, CB, BT):
-            start = zero + (block * CB + i)
-            ok = start + r < length
-            if MASKED:
-                ok = ok & (tl.load(MASK + b * smb + start + r, mask=ok, other=0) != 0)
-            in_y = ok[:, None] & (dv[None, :] < DV)
-            in_x = ok[:, None] & (d[None, :] < D)
-            x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + d[None, :]), mask=in_x, other=0.0)
-            y = tl.load(Y + b * syb + h * syh + start * syl + (r[:, None] * syl + dv[None, :]), mask=in_y, other=0.0)
-            x = x.to(COMPUTE)
-            x_t = tl.trans(x)
-            y = y.to(tl.float32)
-            dot = tl.full((BT,), 1.0, tl.float32)
+            row = block.to(tl.int64) * CB + i + tl.arange(0, BT)
+            ok = row < length
+            real = real_tokens(MASK, b, smb, row, ok, MASKED)
+            x = load_rows(X, b, h, row, sxb, sxl, sxh, d, real, D).to(COMPUTE)
+            y = load_rows(Y, b, h, row, syb, syl, syh, dv, real, DV).to(tl.float32)
+            high, low = load_sums(HIGH, LOW, sums + row, EXACT)
+            e = tl.where(direction == 0, high, whole - high)
+            if EXACT:
+                e += tl.where(direction == 0, low, whole_low - low)
+            e = tl.exp2(tl.where(e > 0, 0.0, e))
+            scale = e
             if ADJOINT and SCALED:
-                token = bh * length + start + r
+                token = bh * length + row
                 if DIVIDED:
-                    y = y * (1.0 / (tl.load(GRAD_SCALE + token, mask=ok, other=1.0) + eps))[:, None]
-                    y = y.to(COMPUTE).to(tl.float32)  # as it enters products: the two parts of a gradient cancel with the same rounding
-                    o = tl.load(OUT + b * sob + h * soh + start * sol + (r[:, None] * sol + dv[None, :]), mask=in_y, other=0.0)
-                    dot = -tl.sum(y * o.to(tl.float32), 1)
-                    tl.store(DOT + token, dot, mask=start + r < length)
+                    inverse = 1.0 / (tl.load(DEN + token, mask=real, other=1.0) + eps)
+                    o = load_rows(OUT, b, h, row, sob, sol, soh, dv, real, DV)
+                    dot = -inverse * tl.sum(y * o.to(tl.float32), 1)
+                    tl.store(DOT + token, dot, mask=ok & (direction == first))
+                    scale = e * inverse
                 else:
-                    dot = tl.load(DOT + token, mask=ok, other=0.0)
-            if LEFTWARD:
-                e = tl.load(HIGH + sums_own + start + r)
-                e = tl.where(walk == 0, e, whole - e)
-                if EXACT:
-                    e_low = tl.load(LOW + sums_own + start + r)
-                    e += tl.where(walk == 0, e_low, whole_low - e_low)
-                e = tl.exp2(tl.where(e > 0, 0.0, e))
-                if SCALED:
-                    z += tl.sum(x.to(tl.float32) * (e * dot)[:, None], 0)
-                acc = tl.dot(x_t, (y * e[:, None]).to(COMPUTE), acc, input_precision=PRECISION)
-            if RIGHTWARD:
-                e = whole_right - tl.load(HIGH + sums_right + start + r) + log_right
-                if EXACT:
-                    e += whole_right_low - tl.load(LOW + sums_right + start + r)
-                e = tl.exp2(tl.where(e > 0, 0.0, e))
-                if SCALED:
-                    seg_z += tl.sum(x.to(tl.float32) * (e * dot)[:, None], 0)
-                seg = tl.dot(x_t, (y * e[:, None]).to(COMPUTE), seg, input_precision=PRECISION)
-        log_left += whole
-        if RIGHTWARD:
-            log_right += whole_right
-    state = bh * NSEG + segment
-    if RIGHTWARD:
-        tl.store(SEG + state * (D * DV) + cell, seg, mask=in_cell)
+                    dot = tl.load(DOT + token, mask=real, other=0.0)
+                z += tl.sum(x.to(tl.float32) * (e * dot)[:, None], 0)
+            elif SCALED:
+                z += tl.sum(x.to(tl.float32) * e[:, None], 0)
+            acc = tl.dot(tl.trans(x), (y * scale[:, None]).to(COMPUTE), acc, input_precision=PRECISION)
+        log_decay += whole
+    if not STORE:
+        tl.store(SEG + at * (D * DV) + cell, acc, mask=in_cell)
         if SCALED:
-            tl.store(SEG_Z + state * D + d, seg_z, mask=d < D)
-        tl.store(SEG_T + state, log_right)
-    if LEFTWARD:
-        state += tl.where(walk == 0, BH * NSEG, 0)
-        tl.store(SEG + state * (D * DV) + cell, acc, mask=in_cell)
-        if SCALED:
-            tl.store(SEG_Z + state * D + d, z, mask=d < D)
-        tl.store(SEG_T + state, log_left)
+            tl.store(SEG_Z + at * D + d, z, mask=d < D)
+        tl.store(SEG_T + at, log_decay)
 
 
 @triton.jit
-def join_kernel(
-    SEG, SEG_Z, SEG_T, BH, NSEG, first, D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BDV: tl.constexpr, SCALED: tl.constexpr,
+def scan_kernel(
+    SEG, SEG_Z, SEG_T, BH, NSEG, first, SIZE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Turns the segments' sums into what enters each segment, in place.
+    """Turns what the segments add into what enters each of them, in place: BE of the SIZE = D DV numbers of a state a program.
 
-    Grid (B H, rows / BR, directions), directions from ``first`` on: 0 what goes to the right, 1 to the left.
+    Grid (SIZE / BE, B H, directions), directions from ``first`` on.
     """
     direction = first + tl.program_id(2)
-    bh = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
-    dv = tl.arange(0, BDV)
-    ok = (rows[:, None] < D) & (dv[None, :] < DV)
-    acc = tl.zeros((BR, BDV), tl.float32)
-    z = tl.zeros((BR,), tl.float32)
-    row = (direction * BH + bh) * NSEG
+    bh = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    inside = e < SIZE
+    d = tl.arange(0, BD)
+    in_z = (d < D) & (tl.program_id(0) == 0)
+    acc = tl.zeros((BE,), tl.float32)
+    z = tl.zeros((BD,), tl.float32)
     for n in range(0, NSEG):
-        at = row + tl.where(direction == 0, n, NSEG - 1 - n)
+        at = (direction * BH + bh) * NSEG + tl.where(direction == 0, NSEG - 1 - n, n)
         keep = tl.exp2(tl.load(SEG_T + at))
-        cell = SEG + at * (D * DV) + rows[:, None] * DV + dv[None, :]
-        own = tl.load(cell, mask=ok, other=0.0)
-        tl.store(cell, acc, mask=ok)
+        own = tl.load(SEG + at * SIZE + e, mask=inside, other=0.0)
+        tl.store(SEG + at * SIZE + e, acc, mask=inside)
         acc = acc * keep + own
         if SCALED:
-            own_z = tl.load(SEG_Z + at * D + rows, mask=rows < D, other=0.0)
-            tl.store(SEG_Z + at * D + rows, z, mask=rows < D)
+            own_z = tl.load(SEG_Z + at * D + d, mask=in_z, other=0.0)
+            tl.store(SEG_Z + at * D + d, z, mask=in_z)
             z = z * keep + own_z
