@@ -113,10 +113,8 @@ def plan_jobs() -> list[Job]:
     """Every plan that a launch may take, in a sequence of several blocks a segment and several segments."""
     from lba_exp.ops.fused import plan as plans
 
-    candidates = getattr(plans, "CANDIDATES", None)
-    if candidates is None:
-        tables = {"forward": plans.FORWARD, "backward": plans.BACKWARD, "linear": plans.LINEAR}
-        candidates = {(kind, *key): [plan] for kind, table in tables.items() for key, plan in table.items()}
+    tables = {"forward": plans.FORWARD, "backward": plans.BACKWARD, "linear": plans.LINEAR}
+    candidates = {(kind, *key): dict.fromkeys(pair) for kind, table in tables.items() for key, pair in table.items()}
     jobs = []
     for (kind, precision, width), listed in candidates.items():
         dtype, decay = torch.bfloat16 if precision == "half" else torch.float32, "none" if kind == "linear" else "selective"

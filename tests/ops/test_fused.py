@@ -34,9 +34,10 @@ def blocks(size, a_segment=2):
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "segments", lambda count, *_: (-(-count // a_segment), a_segment))
         for kind in ("forward", "backward", "linear"):
-            plan = plans.choose(kind, torch.float32, 16)
-            tiles = [x.name for x in dataclasses.fields(plan) if x.name in ("rows", "columns", "state_columns")]
-            stack.enter_context(plans.override(kind, dataclasses.replace(plan, block=size, **dict.fromkeys(tiles, 16))))
+            plan = plans.choose(kind, torch.float32, 16, 1)
+            columns = 32 if size > 32 and kind == "backward" else 16  # a tile of keys read by tiles of fewer queries
+            tiles = {"rows": 16, "columns": columns, "state_columns": 16}
+            stack.enter_context(plans.override(kind, dataclasses.replace(plan, block=size, **tiles)))
         yield
 
 
@@ -67,8 +68,18 @@ LONGER = [
 
 @pytest.mark.parametrize("case", LONGER, ids=range(len(LONGER)))
 def test_several_blocks_tiles_and_segments(case):
-    with blocks(*((16, 3) if case.length > 70 else (32, 2))), poisoned():
-        check(dataclasses.replace(case, batch=1, heads=2), "fused")
+    for size in (16, 32) if case.length > 70 else (64,):
+        with blocks(size, 3), poisoned():
+            check(dataclasses.replace(case, batch=1, heads=2), "fused")
+
+
+@pytest.mark.parametrize("case", [Case(length=37), Case(length=200, level="slow", signed=True, padded="holes")], ids=("one", "two"))
+def test_pairs_around_a_tile(case):
+    """Blocks of eight tiles: decays whose pairs lie on both sides of their tile."""
+    with blocks(128), poisoned():
+        plan = dataclasses.replace(plans.choose("backward", torch.float32, 16, 999), columns=16)
+        with plans.override("backward", plan):
+            check(dataclasses.replace(case, batch=1, heads=2), "fused")
 
 
 @pytest.mark.slow
