@@ -10,9 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lba_exp.ops.fused import plan as plans
-from lba_exp.ops.fused.gradients import around_kernel, keys_gradient_kernel, queries_gradient_kernel
+from lba_exp.ops.fused.around import around_kernel
+from lba_exp.ops.fused.keys import keys_gradient_kernel
 from lba_exp.ops.fused.linear import linear_gradients_kernel, linear_outputs_kernel, linear_states_kernel
 from lba_exp.ops.fused.outputs import outputs_kernel
+from lba_exp.ops.fused.queries import queries_gradient_kernel
 from lba_exp.ops.fused.states import scan_kernel, states_kernel
 from lba_exp.ops.fused.sums import sums_kernel
 
@@ -150,7 +152,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, call: Call,
     out: Tensor, den: Tensor, grad: Tensor, grad_den: Tensor | None, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v and of the log decays (None where not needed), the latter (B, H, L) float32, one a step.
+    """Gradients of q, k, v and of the log decays (None where not needed): float32, (B, H, L), one a step, or (B, H) for a fixed decay.
 
     grad: of the output; grad_den: of the denominator (B, H, L), where scaled and not divided.
     """
@@ -166,14 +168,15 @@ def backward(
         return dq, dk, dv, None, None
     plan = plans.choose("backward", size.dtype, size.width, size.L)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
-    need_f, need_g = needs[0] and call.forward, needs[1] and call.backward
-    df, dg = (size.empty(size.B, size.H, size.L) if need else None for need in (need_f, need_g))
+    tiles = blocks * (plan.block // plan.columns)
+    # 1: of each step, 2: of all steps together
+    need_f, need_g = ((1 if x.ndim == 3 else 2) if need else 0 for x, need in zip((f, g), needs, strict=True))
+    df, dg = (size.empty(size.B, size.H, size.L if need == 1 else tiles) if need else None for need in (need_f, need_g))
     s, z, a, az = (totals,) * 4
     if blocks > 1:
         s, z = _states(size, call, plan, sums, k, v, mask)
         a, az = _states(size, call, plan, sums, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
     per_block = plan.block // plan.columns
-    tiles = blocks * per_block
     pairs, ends, around = size.empty(size.BH, tiles, per_block), size.empty(4, size.BH, tiles), size.empty(2, size.BH, blocks)
     mask, mask_stride = _mask(mask, totals)
     grads = (totals if df is None else df, totals if dg is None else dg)
@@ -196,8 +199,9 @@ def backward(
         q, k, v, grad, den, dot, mask, high, low, totals, a, az, dk, dv, *grads, ends,
         *strides, mask_stride, *numbers, BQ=plan.rows, **options,
     )  # fmt: skip
-    if (need_f or need_g) and (blocks > 1 or per_block > 2):
+    if 1 in (need_f, need_g) and (blocks > 1 or per_block > 2):
         around_kernel[(blocks, size.BH)](pairs, ends, around, *grads, size.L, blocks, size.BH, **cut)
+    df, dg = (x.sum(2) if need == 2 else x for x, need in ((df, need_f), (dg, need_g)))
     return dq, dk, dv, df, dg
 
 

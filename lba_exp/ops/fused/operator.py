@@ -64,7 +64,7 @@ def _backward(
     out: Tensor | None, den: Tensor | None, grad: Tensor, grad_den: Tensor | None, need_f: bool, need_g: bool,
     weight: float, forward: bool, backward: bool, scaled: bool, divided: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and of each step's log decays, (B, H, L), the latter empty where not needed."""
+    """Gradients of q, k, v and of the log decays, each step's (B, H, L) or a fixed one's (B, H), empty where not needed."""
     from lba_exp.ops.fused import launch
 
     call = launch.Call(weight, forward, backward, scaled, divided, eps)
@@ -77,7 +77,8 @@ def _backward(
 @_backward.register_fake
 def _(q, k, v, f, g, mask, out, den, grad, grad_den, need_f, need_g, weight, forward, backward, scaled, divided, eps):
     batch, length, heads, _ = q.shape
-    steps = [q.new_empty((batch, heads, length) if need else (0,), dtype=torch.float32) for need in (need_f, need_g)]
+    shapes = [((batch, heads, length) if x.ndim == 3 else (batch, heads)) if need else (0,) for x, need in ((f, need_f), (g, need_g))]
+    steps = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return *(x.new_empty(x.shape) for x in (q, k, v)), *steps
 
 
@@ -109,7 +110,7 @@ def _gradients(ctx, grad, grad_den):
         if not need:
             steps.append(None)
         elif x.ndim == 1:
-            steps.append(dx.sum((0, 2), dtype=torch.float64).to(x.dtype))
+            steps.append(dx.sum(0, dtype=torch.float64).to(x.dtype))
         else:
             steps.append(dx.transpose(1, 2))
     return *grads, *steps, *(None,) * 7
