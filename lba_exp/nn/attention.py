@@ -14,6 +14,7 @@ from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
 from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
 from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice, unchecked_decays
+from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
@@ -45,19 +46,29 @@ def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
     return nn.LayerNorm(width, eps=eps) if norm == "layer" else RMSNorm(width, eps=eps)
 
 
-def row_sums(q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None, ranks: SequenceRanks | None = None) -> Tensor:
-    """Sums of undecayed scores, sum_j q_i . k_j over the tokens that the direction reads: (B, L, H), at least float32, in linear time."""
+def row_sums(
+    q: Tensor, k: Tensor, direction: str, padding_mask: Tensor | None, ranks: SequenceRanks | None = None, order: Tensor | None = None
+) -> Tensor:
+    """Sums of undecayed scores, sum_j q_i . k_j over the tokens that the direction reads: (B, L, H), at least float32, in linear time.
+
+    ``order``: the tokens as they are read, where not as they are stored; not beside ``ranks``.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.to(dtype)
     if padding_mask is not None:
         k = k.masked_fill(~padding_mask[:, :, None, None], 0)
     whole = k.sum(1, keepdim=True)
+    if direction != "both" and order is not None:
+        inverse = inverse_of(order)
+        k = reorder(k, order, inverse)
     if direction == "both":
         total = whole if ranks is None else ranks.sum(whole)
     elif direction == "forward":
         total = k.cumsum(1) + (0 if ranks is None else ranks.before(whole))
     else:
         total = k.flip(1).cumsum(1).flip(1) + (0 if ranks is None else ranks.after(whole))
+    if direction != "both" and order is not None:
+        total = reorder(total, inverse, order)
     return (q.to(dtype) * total).sum(-1)
 
 
@@ -176,7 +187,6 @@ class LinearAttention(nn.Module):
         orders = torch.stack([scan_order(name, self.grid, self.class_token) for name in SCANS[self.scan]])
         # a function of the settings: not a part of the weights
         self.register_buffer("orders", orders, persistent=False)
-        self.register_buffer("places", orders.argsort(dim=1), persistent=False)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -226,7 +236,7 @@ class LinearAttention(nn.Module):
 
         Returns:
             q, k, v of one dtype (that of autocast, where it is on), the decays in float32 (float64 for a float64 model), and settings, in
-            the order of the scan.
+            the order in which the tokens are read, ``token_order``; all else as they are stored.
 
         Raises:
             ValueError: for a length that is not that of the grid, where there is one to read.
@@ -245,26 +255,22 @@ class LinearAttention(nn.Module):
         if self.scale == "none":
             q = q * self.head_width**-0.5
         log_gates = [gate(x) for gate in self._gates]
-        if self.scan == "raster":
-            return [self._call(q, k, v, log_gates[0], padding_mask)]
-        calls = []
-        for order, log_gate in zip(self.orders, log_gates, strict=True):
-            if log_gate is not None and log_gate.ndim > 2:
-                log_gate = log_gate[:, order]
-            mask = None if padding_mask is None else padding_mask[:, order]
-            calls.append(self._call(q[:, order], k[:, order], v[:, order], log_gate, mask))
-        return calls
+        orders = [None] if self.scan == "raster" else self.orders
+        return [self._call(q, k, v, log_gate, padding_mask, order) for order, log_gate in zip(orders, log_gates, strict=True)]
 
-    def _call(self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None, padding_mask: Tensor | None) -> dict:
-        """One call of the operator, tokens in the order of its scan."""
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None, padding_mask: Tensor | None, order: Tensor | None) -> dict:
+        """One call of the operator, tokens read in an order of their own."""
         if self.complement_keys:
             complement = -torch.expm1(log_gate)
             k = (k * (complement if complement.ndim in (2, 4) else complement[..., None])).to(v.dtype)
         if self.scale == "before":
             # Scale acts on rows: to divide the query by the row's sum is to divide the row
-            q = (q / (row_sums(q, k, self.direction, padding_mask, self.sequence_ranks) + EPS)[..., None]).to(v.dtype)
+            sums = row_sums(q, k, self.direction, padding_mask, self.sequence_ranks, order)
+            q = (q / (sums + EPS)[..., None]).to(v.dtype)
         ranks = self.sequence_ranks
         group = None if ranks is None else ranks.group
+        if order is not None and log_gate is not None and log_gate.ndim > 2:
+            log_gate = log_gate[:, order]
         if self.open_first and (ranks is None or ranks.first):
             log_gate = torch.cat([torch.zeros_like(log_gate[:, :1]), log_gate[:, 1:]], dim=1)
         with self._values_unchecked():
@@ -280,6 +286,7 @@ class LinearAttention(nn.Module):
             "direction": self.direction,
             "padding_mask": padding_mask,
             "chunk_size": self.chunk_size,
+            "token_order": order,
             "sequence_group": group,
         }
 
@@ -290,17 +297,16 @@ class LinearAttention(nn.Module):
         return self.output(self.norm(y.flatten(2)))
 
     def _attend(self, calls: list[dict]) -> Tensor:
-        """The operator's calls, put back into the order of the tokens and averaged: (B, L, heads, Dv)."""
+        """The operator's calls, averaged over scans: (B, L, heads, Dv)."""
         if len(calls) == 1:
-            y = ops.bidirectional_linear_attention(**calls[0], form=self.form)
-            return y if self.scan == "raster" else y[:, self.places[0]]
+            return ops.bidirectional_linear_attention(**calls[0], form=self.form)
         if not self.scaled:
-            return sum(ops.bidirectional_linear_attention(**c, form=self.form)[:, p] for c, p in zip(calls, self.places, strict=True)) / 2
+            return sum(ops.bidirectional_linear_attention(**call, form=self.form) for call in calls) / 2
         num, den = 0.0, 0.0
-        for call, place in zip(calls, self.places, strict=True):
+        for call in calls:
             parts = {name: value for name, value in call.items() if name != "scaled"}
             one, other = ops.bidirectional_linear_attention_parts(**parts, form=self.form)
-            num, den = num + one[:, place] / 2, den + other[:, place] / 2
+            num, den = num + one / 2, den + other / 2
         return (num / (den + EPS)[..., None]).to(calls[0]["v"].dtype)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from lba_exp.ops.chunkwise import chunkwise
 from lba_exp.ops.decays import to_steps
 from lba_exp.ops.fused import fused, obstacle
 from lba_exp.ops.inside import is_vector
+from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.ops.parallel import parallel
 from lba_exp.ops.precision import no_autocast
 from lba_exp.ops.ranks import check_group
@@ -116,6 +117,7 @@ def run_form(
     chunk_size: int,
     with_den: bool,
     eps: float | None,
+    token_order: Tensor | None,
     sequence_group: "torch.distributed.ProcessGroup | None",
 ) -> tuple[Tensor, Tensor | None]:
     """Check the arguments, bring them to one shape and dtype, and run the form: (num, den or None), float32 for half-precision inputs.
@@ -129,11 +131,14 @@ def run_form(
     checks.number("diagonal_weight", diagonal_weight)
     checks.choice("direction", direction, tuple(DIRECTIONS))
     checks.check_padding(padding_mask, q)
+    checks.check_order(token_order, q)
     checks.choice("form", form, FORMS)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
     if sequence_group is not None:
         check_group(sequence_group)
+        if token_order is not None:
+            raise ValueError("token_order: expected None beside a sequence_group, whose blocks are read as they are stored")
     directions = DIRECTIONS[direction]
     # a direction that is left out has no decay, in any form
     forward = to_steps(forward_log_decay) if "forward" in directions else None
@@ -146,6 +151,9 @@ def run_form(
         # the kernels read the mask: no copies
         if padding_mask is not None and (form != "fused" or sequence_group is not None):
             q, k, v = hide_padding(q, k, v, padding_mask)
+        inverse = None if token_order is None or form == "fused" else inverse_of(token_order)
+        if inverse is not None:
+            q, k, v = (reorder(x, token_order, inverse) for x in (q, k, v))
         if form == "fused":
             num, den = fused(
                 q,
@@ -154,6 +162,7 @@ def run_form(
                 forward_log_decay if "forward" in directions else None,
                 backward_log_decay if "backward" in directions else None,
                 padding_mask,
+                token_order,
                 weight=float(diagonal_weight),
                 directions=directions,
                 scaled=with_den,
@@ -173,6 +182,8 @@ def run_form(
             )
         if sequence_group is not None:
             num, den = add_other_ranks(num, den, q, k, v, forward, backward, directions=directions, group=sequence_group)
+        if inverse is not None:
+            num, den = (None if x is None else reorder(x, inverse, token_order) for x in (num, den))
         return num, den
 
 
@@ -190,6 +201,7 @@ def bidirectional_linear_attention(
     form: str = "auto",
     chunk_size: int = 64,
     eps: float = 1e-6,
+    token_order: Tensor | None = None,
     sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Bidirectional linear attention, Y = Scale(Q K^T (.) M) V (arXiv 2502.16249; Scale divides each row by its sum).
@@ -214,6 +226,8 @@ def bidirectional_linear_attention(
     form: "parallel", "recurrent", "chunkwise", "blockwise", "fused" or "auto" (``choose_form`` tells which); all give the same results.
         "fused" is for GPUs: float32 and half precision, no decay per channel, Dk and Dv up to 128.
     chunk_size: tokens a chunk in the chunkwise and blockwise forms; not a part of the result.
+    token_order: int64 ``(L,)``, the tokens in the order in which they are read, each once (a scan of an image's patches, say); the decays
+        are given in that order, all else, the output too, as the tokens are stored. None: as they are stored.
     sequence_group: the ranks that hold a sequence together, each a block of consecutive tokens, in the order of the ranks; L is this rank's
         own and may differ. The result is this rank's part of the whole sequence's, as on one device; each rank sends one state a
         direction. Every rank calls, with the other sizes and the kinds of decay alike, and takes part in the backward pass; a fixed decay's
@@ -238,6 +252,7 @@ def bidirectional_linear_attention(
         chunk_size=chunk_size,
         with_den=scaled,
         eps=float(eps),
+        token_order=token_order,
         sequence_group=sequence_group,
     )
     if den is None:
@@ -261,6 +276,7 @@ def bidirectional_linear_attention_parts(
     padding_mask: Tensor | None = None,
     form: str = "auto",
     chunk_size: int = 64,
+    token_order: Tensor | None = None,
     sequence_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Numerator ``(B, L, H, Dv)`` and denominator ``(B, L, H)`` of ``bidirectional_linear_attention``, apart and without eps.
@@ -281,6 +297,7 @@ def bidirectional_linear_attention_parts(
         chunk_size=chunk_size,
         with_den=True,
         eps=None,
+        token_order=token_order,
         sequence_group=sequence_group,
     )
 

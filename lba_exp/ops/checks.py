@@ -91,6 +91,22 @@ def check_decay(name: str, x: Tensor | None, q: Tensor, *, double: bool) -> None
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
 
 
+def check_order(order: Tensor | None, q: Tensor) -> None:
+    """Raise unless ``order`` is None or int64 ``(L,)`` on the device of q; in eager mode on the CPU also where it names a token twice."""
+    if order is None:
+        return
+    length = q.shape[1]
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or tuple(order.shape) != (length,):
+        got = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+        raise ValueError(f"token_order: expected an int64 tensor (L,) = ({length},), got {got}")
+    if order.device != q.device:
+        raise ValueError(f"token_order: expected the device of q, {q.device}, got {order.device}")
+    # reading values would synchronise a GPU or break a compiled graph
+    readable = order.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not torch.equal(order.sort().values, torch.arange(length)):
+        raise ValueError(f"token_order: expected each of 0 ... {length - 1} once")
+
+
 def check_padding(mask: Tensor | None, q: Tensor) -> None:
     """Raise unless ``mask`` is None or bool ``(B, L)`` on the device of q."""
     if mask is None:

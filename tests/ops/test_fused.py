@@ -95,7 +95,7 @@ def shifted_gate(call):
 
 
 def diagonal_twice(call):
-    return lambda q, k, v, f, g, mask, what, *rest: call(q, k, v, f, g, mask, dataclasses.replace(what, weight=2 * what.weight), *rest)
+    return lambda *args: call(*args[:7], dataclasses.replace(args[7], weight=2 * args[7].weight), *args[8:])
 
 
 def mask_ignored(call):
@@ -132,7 +132,8 @@ def test_closed_gates_nan_gates_and_no_division_by_zero():
 def arguments(case, divided=True, parts=False):
     *tensors, mask = case.tensors()
     directions = [case.direction != "backward", case.direction != "forward"]
-    return (*leaves(tensors), mask, case.diagonal_weight, *directions, divided or parts, divided, 1e-6)
+    order = torch.randperm(case.length) if divided else None
+    return (*leaves(tensors), mask, order, case.diagonal_weight, *directions, divided or parts, divided, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +151,13 @@ def test_opcheck(case, options):
         torch.library.opcheck(OPS.fused_forward.default, given)
         with torch.no_grad():
             out, den = OPS.fused_forward(*given)
-        q, k, v, f, b, mask, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+        q, k, v, f, b, mask, order, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
         kept = (out, den) if rest[4] else (None, None)
         grad_den = torch.rand_like(den) if rest[3] and not rest[4] else None
         needs = (f is not None and rest[1], b is not None and rest[2])
-        torch.library.opcheck(OPS.fused_backward.default, (q, k, v, f, b, mask, *kept, torch.rand_like(out), grad_den, *needs, *rest))
+        torch.library.opcheck(
+            OPS.fused_backward.default, (q, k, v, f, b, mask, order, *kept, torch.rand_like(out), grad_den, *needs, *rest)
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, real_tokens
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens
 
 
 @triton.jit
 def keys_gradient_kernel(
-    Q, K, V, GRAD, DEN, DOT, MASK, HIGH, LOW, TOTALS, A, AZ, DK, DV_, DF, DG, ENDS,
+    Q, K, V, GRAD, DEN, DOT, MASK, ORDER, HIGH, LOW, TOTALS, A, AZ, DK, DV_, DF, DG, ENDS,
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, smb, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -31,10 +31,11 @@ def keys_gradient_kernel(
     n = tl.arange(0, BT)
     row = tile.to(tl.int64) * BT + n
     ok = row < length
-    real = real_tokens(MASK, b, smb, row, ok, MASKED)
-    k = load_rows(K, b, h, row, skb, skl, skh, d, real, D).to(COMPUTE)
-    v = load_rows(V, b, h, row, svb, svl, svh, dv, real, DV).to(COMPUTE)
-    token = bh * length + row
+    place = places_of(ORDER, row, ok, ORDERED)
+    real = real_tokens(MASK, b, smb, place, ok, MASKED)
+    k = load_rows(K, b, h, place, skb, skl, skh, d, real, D).to(COMPUTE)
+    v = load_rows(V, b, h, place, svb, svl, svh, dv, real, DV).to(COMPUTE)
+    step = bh * length + row
     a = bh * (NB * CB)
     c = (BH + bh) * (NB * CB)
     a_row, a_row_low = load_sums(HIGH, LOW, a + row, EXACT)
@@ -44,7 +45,7 @@ def keys_gradient_kernel(
     df = tl.zeros((BT,), tl.float32)
     dg = tl.zeros((BT,), tl.float32)
     own = tile % QT * BT
-    place = own + n  # in the block
+    spot = own + n  # in the block
     if STATES:
         cell = d[:, None] * DV + dv[None, :]
         in_cell = (d < D)[:, None] & (dv < DV)[None, :]
@@ -78,15 +79,16 @@ def keys_gradient_kernel(
                     tl.store(ENDS + (3 * BH + bh) * tiles + tile, tl.sum(dg, 0))
         if NEED_F == 2:
             at = DF + bh * tiles + tile
-            tl.store(at, tl.load(at) + tl.sum(df * (CB - 1 - place).to(tl.float32), 0))
+            tl.store(at, tl.load(at) + tl.sum(df * (CB - 1 - spot).to(tl.float32), 0))
         if NEED_G == 2:
             at = DG + bh * tiles + tile
-            tl.store(at, tl.load(at) + tl.sum(dg * place.to(tl.float32), 0))
+            tl.store(at, tl.load(at) + tl.sum(dg * spot.to(tl.float32), 0))
     for i in range(0, CB if STATES else tl.minimum(CB, length), BQ):
         col = block.to(tl.int64) * CB + i + tl.arange(0, BQ)
-        ok_q = real_tokens(MASK, b, smb, col, col < length, MASKED)
-        q = load_rows(Q, b, h, col, sqb, sql, sqh, d, ok_q, D).to(COMPUTE)
-        grad = load_rows(GRAD, b, h, col, sgb, sgl, sgh, dv, ok_q, DV).to(COMPUTE)
+        place_q = places_of(ORDER, col, col < length, ORDERED)
+        ok_q = real_tokens(MASK, b, smb, place_q, col < length, MASKED)
+        q = load_rows(Q, b, h, place_q, sqb, sql, sqh, d, ok_q, D).to(COMPUTE)
+        grad = load_rows(GRAD, b, h, place_q, sgb, sgl, sgh, dv, ok_q, DV).to(COMPUTE)
         a_col, a_col_low = load_sums(HIGH, LOW, a + col, EXACT)
         c_col, c_col_low = load_sums(HIGH, LOW, c + col, EXACT)
         m = decays(
@@ -98,12 +100,12 @@ def keys_gradient_kernel(
         t = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         x = p * m
         if DIVIDED:
-            scale = 1.0 / (tl.load(DEN + bh * length + col, mask=ok_q, other=1.0) + eps)
+            scale = 1.0 / (tl.load(DEN + bh * length + place_q, mask=ok_q, other=1.0) + eps)
             x *= scale[None, :]
             t *= scale[None, :]
         dv_ = tl.dot(x.to(COMPUTE), grad, dv_, input_precision=PRECISION)
         if SCALED:
-            t += tl.load(DOT + bh * length + col, mask=ok_q, other=0.0)[None, :]
+            t += tl.load(DOT + bh * length + place_q, mask=ok_q, other=0.0)[None, :]
         t *= m
         dk = tl.dot(t.to(COMPUTE), q, dk, input_precision=PRECISION)
         if QT > 1 and (NEED_F == 1 or NEED_G == 1):
@@ -112,11 +114,11 @@ def keys_gradient_kernel(
             dg += tl.where(i < own, sums, 0.0)
     if STATES or QT > 1:
         if NEED_F == 1:
-            tl.store(DF + token, tl.load(DF + token, mask=ok, other=0.0) + (tl.cumsum(df, 0) - df), mask=ok)
+            tl.store(DF + step, tl.load(DF + step, mask=ok, other=0.0) + (tl.cumsum(df, 0) - df), mask=ok)
         if NEED_G == 1:
-            tl.store(DG + token, tl.load(DG + token, mask=ok, other=0.0) + (tl.cumsum(dg, 0, reverse=True) - dg), mask=ok)
+            tl.store(DG + step, tl.load(DG + step, mask=ok, other=0.0) + (tl.cumsum(dg, 0, reverse=True) - dg), mask=ok)
     if MASKED:
         dk = tl.where(real[:, None], dk, 0.0)
-    at = (b * length + row) * H + h
+    at = (b * length + place) * H + h
     tl.store(DK + at[:, None] * D + d[None, :], dk.to(DK.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
     tl.store(DV_ + at[:, None] * DV + dv[None, :], dv_.to(DV_.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])

@@ -88,7 +88,7 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return (other, 0) if mask is None else (mask.contiguous().view(torch.uint8), mask.shape[1])
 
 
-def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
+def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, order, *, den=None, out=None, dot=None, adjoint=False):
     """What enters the blocks from the right and from the left, states or their adjoints: (2, B H, blocks, D, Dv), (2, B H, blocks, D)."""
     high, low, totals, blocks = sums
     # states go to the left by the backward decays, adjoints by the forward ones
@@ -104,10 +104,12 @@ def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, *, den
 
     def walk(enter: bool, store: bool) -> None:
         states_kernel[(walks * size.H * count * size.B,)](
-            x, y, den if divided else totals, out, totals if dot is None else dot, mask, high, low, totals, s, z, seg, seg_z, seg_t,
+            x, y, den if divided else totals, out, totals if dot is None else dot, mask, totals if order is None else order,
+            high, low, totals, s, z, seg, seg_z, seg_t,
             *x.stride()[:3], *y.stride()[:3], *out.stride()[:3], mask_stride, size.L, size.H, blocks, count, per_segment, first, call.eps,
             D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BT=plan.state_columns, WALKS=walks,
-            ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, ENTER=enter, STORE=store,
+            ADJOINT=adjoint, SCALED=call.scaled, DIVIDED=divided, MASKED=mask_stride > 0, ORDERED=order is not None,
+            ENTER=enter, STORE=store,
             EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
             num_warps=plan.state_warps, num_stages=plan.state_stages,
         )  # fmt: skip
@@ -122,7 +124,9 @@ def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, *, den
     return s, z
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None, call: Call,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, L, H, Dv), in the dtype of v where divided or unscaled, else float32; denominator (B, H, L) float32, empty if unscaled."""
     size = _Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
@@ -134,13 +138,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None,
         return out, den
     plan = plans.choose("forward", size.dtype, size.width, size.L)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
-    s, z = _states(size, call, plan, sums, k, v, mask) if blocks > 1 else (totals, totals)
+    s, z = _states(size, call, plan, sums, k, v, mask, order) if blocks > 1 else (totals, totals)
     mask, mask_stride = _mask(mask, totals)
     outputs_kernel[(size.H * blocks * (plan.block // plan.rows) * size.B,)](
-        q, k, v, mask, high, low, totals, s, z, out, den,
+        q, k, v, mask, totals if order is None else order, high, low, totals, s, z, out, den,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, *out.stride()[:3], size.L, size.H, blocks, call.weight, call.eps,
         D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BQ=plan.rows, BT=plan.columns,
-        SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, WEIGHTED=call.weight != 1.0,
+        SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, ORDERED=order is not None, WEIGHTED=call.weight != 1.0,
         FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
@@ -149,7 +153,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None,
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, call: Call,
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None, call: Call,
     out: Tensor, den: Tensor, grad: Tensor, grad_den: Tensor | None, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and of the log decays (None where not needed): float32, (B, H, L), one a step, or (B, H) for a fixed decay.
@@ -174,29 +178,30 @@ def backward(
     df, dg = (size.empty(size.B, size.H, size.L if need == 1 else tiles) if need else None for need in (need_f, need_g))
     s, z, a, az = (totals,) * 4
     if blocks > 1:
-        s, z = _states(size, call, plan, sums, k, v, mask)
-        a, az = _states(size, call, plan, sums, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
+        s, z = _states(size, call, plan, sums, k, v, mask, order)
+        a, az = _states(size, call, plan, sums, q, grad, mask, order, den=den, out=out, dot=dot, adjoint=True)
     per_block = plan.block // plan.columns
     pairs, ends, around = size.empty(size.BH, tiles, per_block), size.empty(4, size.BH, tiles), size.empty(2, size.BH, blocks)
     mask, mask_stride = _mask(mask, totals)
+    order_given, order = order is not None, totals if order is None else order
     grads = (totals if df is None else df, totals if dg is None else dg)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     numbers = (size.L, size.H, blocks, call.weight, call.eps)
     cut = {"CB": plan.block, "BT": plan.columns, "NEED_F": need_f, "NEED_G": need_g, "STATES": blocks > 1}
     options = cut | {
         "D": size.D, "DV": size.DV, "BD": size.BD, "BDV": size.BDV,
-        "SCALED": call.scaled, "DIVIDED": call.divided, "MASKED": mask_stride > 0, "WEIGHTED": call.weight != 1.0,
+        "SCALED": call.scaled, "DIVIDED": call.divided, "MASKED": mask_stride > 0, "ORDERED": order_given, "WEIGHTED": call.weight != 1.0,
         "FORWARD": call.forward, "BACKWARD": call.backward,
         "EXACT": size.compute == tl.float32, "PRECISION": size.precision, "COMPUTE": size.compute,
         "num_warps": plan.warps, "num_stages": plan.stages, "maxnreg": plan.registers,
     }  # fmt: skip
     grid = (size.H * tiles * size.B,)
     queries_gradient_kernel[grid](
-        q, k, v, grad, den, out, dot, mask, high, low, totals, s, z, a, az, dq, *grads, pairs, ends, around,
+        q, k, v, grad, den, out, dot, mask, order, high, low, totals, s, z, a, az, dq, *grads, pairs, ends, around,
         *strides, *out.stride()[:3], mask_stride, *numbers, **options,
     )  # fmt: skip
     keys_gradient_kernel[grid](
-        q, k, v, grad, den, dot, mask, high, low, totals, a, az, dk, dv, *grads, ends,
+        q, k, v, grad, den, dot, mask, order, high, low, totals, a, az, dk, dv, *grads, ends,
         *strides, mask_stride, *numbers, BQ=plan.rows, **options,
     )  # fmt: skip
     if 1 in (need_f, need_g) and (blocks > 1 or per_block > 2):

@@ -43,16 +43,16 @@ def obstacle(device: torch.device, dtype: torch.dtype, vector: bool, key_width: 
 
 @torch.library.custom_op("lba_exp::fused_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None,
     weight: float, forward: bool, backward: bool, scaled: bool, divided: bool, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lba_exp.ops.fused import launch
 
-    return launch.forward(q, k, v, f, g, mask, launch.Call(weight, forward, backward, scaled, divided, eps))
+    return launch.forward(q, k, v, f, g, mask, order, launch.Call(weight, forward, backward, scaled, divided, eps))
 
 
 @_forward.register_fake
-def _(q, k, v, f, g, mask, weight, forward, backward, scaled, divided, eps):
+def _(q, k, v, f, g, mask, order, weight, forward, backward, scaled, divided, eps):
     batch, length, heads, _ = q.shape
     out = v.new_empty(v.shape, dtype=torch.float32 if scaled and not divided else v.dtype)
     return out, v.new_empty((batch, heads, length) if scaled else (0,), dtype=torch.float32)
@@ -60,7 +60,7 @@ def _(q, k, v, f, g, mask, weight, forward, backward, scaled, divided, eps):
 
 @torch.library.custom_op("lba_exp::fused_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None,
     out: Tensor | None, den: Tensor | None, grad: Tensor, grad_den: Tensor | None, need_f: bool, need_g: bool,
     weight: float, forward: bool, backward: bool, scaled: bool, divided: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -70,12 +70,12 @@ def _backward(
     call = launch.Call(weight, forward, backward, scaled, divided, eps)
     # without a division nothing reads the output and the denominator
     out, den = (grad if x is None else x for x in (out, den))
-    *grads, df, dg = launch.backward(q, k, v, f, g, mask, call, out, den, grad, grad_den, (need_f, need_g))
+    *grads, df, dg = launch.backward(q, k, v, f, g, mask, order, call, out, den, grad, grad_den, (need_f, need_g))
     return *grads, *(q.new_empty(0, dtype=torch.float32) if x is None else x for x in (df, dg))
 
 
 @_backward.register_fake
-def _(q, k, v, f, g, mask, out, den, grad, grad_den, need_f, need_g, weight, forward, backward, scaled, divided, eps):
+def _(q, k, v, f, g, mask, order, out, den, grad, grad_den, need_f, need_g, weight, forward, backward, scaled, divided, eps):
     batch, length, heads, _ = q.shape
     shapes = [((batch, heads, length) if x.ndim == 3 else (batch, heads)) if need else (0,) for x, need in ((f, need_f), (g, need_g))]
     steps = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
@@ -83,18 +83,18 @@ def _(q, k, v, f, g, mask, out, den, grad, grad_den, need_f, need_g, weight, for
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, f, g, mask, *ctx.options = inputs
+    q, k, v, f, g, mask, order, *ctx.options = inputs
     *_, divided, _ = ctx.options
-    ctx.save_for_backward(q, k, v, f, g, mask, *(output if divided else (None, None)))
+    ctx.save_for_backward(q, k, v, f, g, mask, order, *(output if divided else (None, None)))
     ctx.set_materialize_grads(False)
 
 
 @first_derivative
 def _gradients(ctx, grad, grad_den):
-    q, k, v, f, g, mask, out, den = ctx.saved_tensors
+    q, k, v, f, g, mask, order, out, den = ctx.saved_tensors
     _, forward, backward, scaled, divided, _ = ctx.options
     if grad is None and (grad_den is None or divided):
-        return (None,) * 12
+        return (None,) * 13
     parts = scaled and not divided
     if grad is None:
         grad = v.new_zeros(v.shape, dtype=torch.float32)
@@ -104,7 +104,7 @@ def _gradients(ctx, grad, grad_den):
         grad_den = grad.new_zeros(q.shape[0], q.shape[2], q.shape[1])
     needs = [x is not None and needed for x, needed in zip((f, g), ctx.needs_input_grad[3:5], strict=True)]
     needs = [needs[0] and forward, needs[1] and backward]
-    *grads, df, dg = _backward(q, k, v, f, g, mask, out, den, grad, grad_den, *needs, *ctx.options)
+    *grads, df, dg = _backward(q, k, v, f, g, mask, order, out, den, grad, grad_den, *needs, *ctx.options)
     steps = []
     for x, dx, need in zip((f, g), (df, dg), needs, strict=True):
         if not need:
@@ -113,14 +113,14 @@ def _gradients(ctx, grad, grad_den):
             steps.append(dx.sum(0, dtype=torch.float64).to(x.dtype))
         else:
             steps.append(dx.transpose(1, 2))
-    return *grads, *steps, *(None,) * 7
+    return *grads, *steps, *(None,) * 8
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def fused(
-    q: Tensor, k: Tensor, v: Tensor, forward: Tensor | None, backward: Tensor | None, mask: Tensor | None, *,
+    q: Tensor, k: Tensor, v: Tensor, forward: Tensor | None, backward: Tensor | None, mask: Tensor | None, order: Tensor | None, *,
     weight: float, directions: tuple[str, ...], scaled: bool, eps: float | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """GPU kernels of the chunkwise form: O(L d^2) work, and outputs, denominators and gradients are all that is written for every token.
@@ -128,6 +128,7 @@ def fused(
     q, k: ``(B, L, H, Dk)``; v: ``(B, L, H, Dv)``; any strides, on a GPU; computed in the widest of their dtypes: float32 in float32 (TF32
         where ``torch.set_float32_matmul_precision`` allows it), half precision in bfloat16 products with float32 sums.
     forward, backward: log decays, None, ``(H,)`` or ``(B, L, H)``, float32; ``mask``: bool ``(B, L)``, True = real token.
+    order: int64 ``(L,)`` or None, the tokens as they are read; the decays are in that order, all else is not.
     scaled, eps: with both ``scaled`` and an ``eps``, the output is num / (den + eps).
 
     Returns (y or num in the widest dtype, None); or, scaled without ``eps``, (num, den ``(B, L, H)``), both float32. Raises ValueError
@@ -141,5 +142,5 @@ def fused(
     q, k, v = (x.to(dtype) for x in (q, k, v))
     divided = scaled and eps is not None
     read = ("forward" in directions, "backward" in directions)
-    out, den = _forward(q, k, v, forward, backward, mask, weight, *read, scaled, divided, eps if divided else 0.0)
+    out, den = _forward(q, k, v, forward, backward, mask, order, weight, *read, scaled, divided, eps if divided else 0.0)
     return (out, den.transpose(1, 2)) if scaled and not divided else (out, None)

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, real_tokens
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens
 
 
 @triton.jit
 def outputs_kernel(
-    Q, K, V, MASK, HIGH, LOW, TOTALS, S, Z, OUT, DEN,
+    Q, K, V, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, OUT, DEN,
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, smb, sob, sol, soh, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -32,8 +32,9 @@ def outputs_kernel(
     dv = tl.arange(0, BDV)
     row = tile.to(tl.int64) * BQ + tl.arange(0, BQ)
     ok = row < length
-    real = real_tokens(MASK, b, smb, row, ok, MASKED)
-    q = load_rows(Q, b, h, row, sqb, sql, sqh, d, real, D).to(COMPUTE)
+    place = places_of(ORDER, row, ok, ORDERED)
+    real = real_tokens(MASK, b, smb, place, ok, MASKED)
+    q = load_rows(Q, b, h, place, sqb, sql, sqh, d, real, D).to(COMPUTE)
     a = bh * (NB * CB)
     c = (BH + bh) * (NB * CB)
     a_row, a_row_low = load_sums(HIGH, LOW, a + row, EXACT)
@@ -63,9 +64,10 @@ def outputs_kernel(
                 den += tl.sum(q.to(tl.float32) * z[None, :], 1) * onto
     for i in range(0, CB if STATES else tl.minimum(CB, length), BT):
         col = block.to(tl.int64) * CB + i + tl.arange(0, BT)
-        ok_k = real_tokens(MASK, b, smb, col, col < length, MASKED)
-        k = load_rows(K, b, h, col, skb, skl, skh, d, ok_k, D).to(COMPUTE)
-        v = load_rows(V, b, h, col, svb, svl, svh, dv, ok_k, DV).to(COMPUTE)
+        place_k = places_of(ORDER, col, col < length, ORDERED)
+        ok_k = real_tokens(MASK, b, smb, place_k, col < length, MASKED)
+        k = load_rows(K, b, h, place_k, skb, skl, skh, d, ok_k, D).to(COMPUTE)
+        v = load_rows(V, b, h, place_k, svb, svl, svh, dv, ok_k, DV).to(COMPUTE)
         a_col, a_col_low = load_sums(HIGH, LOW, a + col, EXACT)
         c_col, c_col_low = load_sums(HIGH, LOW, c + col, EXACT)
         p = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -80,10 +82,10 @@ def outputs_kernel(
     if SCALED:
         if MASKED:
             den = tl.where(real, den, 0.0)
-        tl.store(DEN + bh * length + row, den, mask=ok)
+        tl.store(DEN + bh * length + place, den, mask=ok)
         if DIVIDED:
             if MASKED:
                 den = tl.where(real, den, 1.0)
             num = num * (1.0 / (den + eps))[:, None]
-    out = OUT + b * sob + h * soh + (row[:, None] * sol + dv[None, :])
+    out = OUT + b * sob + h * soh + (place[:, None] * sol + dv[None, :])
     tl.store(out, num.to(OUT.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])

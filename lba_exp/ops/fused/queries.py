@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, real_tokens, whole_factor
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, whole_factor
 
 
 @triton.jit
 def queries_gradient_kernel(
-    Q, K, V, GRAD, DEN, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, A, AZ, DQ, DF, DG, PAIRS, ENDS, AROUND,
+    Q, K, V, GRAD, DEN, OUT, DOT, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, A, AZ, DQ, DF, DG, PAIRS, ENDS, AROUND,
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, sob, sol, soh, smb, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -40,17 +40,19 @@ def queries_gradient_kernel(
     n = tl.arange(0, BT)
     row = tile.to(tl.int64) * BT + n
     ok = row < length
-    real = real_tokens(MASK, b, smb, row, ok, MASKED)
-    q = load_rows(Q, b, h, row, sqb, sql, sqh, d, real, D).to(COMPUTE)
-    grad = load_rows(GRAD, b, h, row, sgb, sgl, sgh, dv, real, DV).to(COMPUTE)
-    token = bh * length + row
+    place = places_of(ORDER, row, ok, ORDERED)
+    real = real_tokens(MASK, b, smb, place, ok, MASKED)
+    q = load_rows(Q, b, h, place, sqb, sql, sqh, d, real, D).to(COMPUTE)
+    grad = load_rows(GRAD, b, h, place, sgb, sgl, sgh, dv, real, DV).to(COMPUTE)
+    token = bh * length + place
+    step = bh * length + row
     dot = tl.zeros((BT,), tl.float32)
     scale = dot
     if DIVIDED:
         scale = 1.0 / (tl.load(DEN + token, mask=real, other=1.0) + eps)
     if SCALED:
         if DIVIDED and not STATES:
-            out = load_rows(OUT, b, h, row, sob, sol, soh, dv, real, DV)
+            out = load_rows(OUT, b, h, place, sob, sol, soh, dv, real, DV)
             dot = -scale * tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
             tl.store(DOT + token, dot, mask=ok)
         else:
@@ -64,7 +66,7 @@ def queries_gradient_kernel(
     dg = tl.zeros((BT,), tl.float32)
     all_f = tl.zeros((), tl.float32)
     all_g = tl.zeros((), tl.float32)
-    place = tile % QT * BT + n  # in the block
+    spot = tile % QT * BT + n  # in the block
     if STATES:
         cell = d[:, None] * DV + dv[None, :]
         in_cell = (d < D)[:, None] & (dv < DV)[None, :]
@@ -84,7 +86,7 @@ def queries_gradient_kernel(
                 if NEED_F == 1:
                     tl.store(ENDS + bh * tiles + tile, tl.sum(df, 0))
                 else:
-                    all_f = tl.sum(df * (place + 1).to(tl.float32), 0)
+                    all_f = tl.sum(df * (spot + 1).to(tl.float32), 0)
                 if tile % QT == 0:
                     o = tl.load(A + right * (D * DV) + cell, mask=in_cell, other=0.0)
                     sum_all = tl.sum(tl.sum(s.to(tl.float32) * o.to(tl.float32), 1), 0)
@@ -112,7 +114,7 @@ def queries_gradient_kernel(
                 if NEED_G == 1:
                     tl.store(ENDS + (BH + bh) * tiles + tile, tl.sum(dg, 0))
                 else:
-                    all_g = tl.sum(dg * (CB - place).to(tl.float32), 0)
+                    all_g = tl.sum(dg * (CB - spot).to(tl.float32), 0)
                 if tile % QT == 0:
                     o = tl.load(A + left * (D * DV) + cell, mask=in_cell, other=0.0)
                     sum_all = tl.sum(tl.sum(s.to(tl.float32) * o.to(tl.float32), 1), 0)
@@ -128,9 +130,10 @@ def queries_gradient_kernel(
     for i in range(1, live):  # the other tiles of the block
         other = (tile + i) % live
         col = block.to(tl.int64) * CB + other * BT + n
-        ok_k = real_tokens(MASK, b, smb, col, col < length, MASKED)
-        k = load_rows(K, b, h, col, skb, skl, skh, d, ok_k, D).to(COMPUTE)
-        v = load_rows(V, b, h, col, svb, svl, svh, dv, ok_k, DV).to(COMPUTE)
+        place_k = places_of(ORDER, col, col < length, ORDERED)
+        ok_k = real_tokens(MASK, b, smb, place_k, col < length, MASKED)
+        k = load_rows(K, b, h, place_k, skb, skl, skh, d, ok_k, D).to(COMPUTE)
+        v = load_rows(V, b, h, place_k, svb, svl, svh, dv, ok_k, DV).to(COMPUTE)
         a_col, a_col_low = load_sums(HIGH, LOW, a + col, EXACT)
         c_col, c_col_low = load_sums(HIGH, LOW, c + col, EXACT)
         t = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -153,7 +156,7 @@ def queries_gradient_kernel(
                 dg += tl.where(before, 0.0, sums)
                 tl.store(PAIRS + (bh * tiles + tile) * QT + other, tl.sum(sums, 0))
             if NEED_F == 2 or NEED_G == 2:
-                steps = (place[:, None] - other * BT - n[None, :]).to(tl.float32)
+                steps = (spot[:, None] - other * BT - n[None, :]).to(tl.float32)
                 sums = tl.sum(tl.sum(t * steps, 1), 0)
                 all_f += tl.where(before, sums, 0.0)
                 all_g -= tl.where(before, 0.0, sums)
@@ -161,8 +164,8 @@ def queries_gradient_kernel(
         df = tl.cumsum(df, 0, reverse=True)
     if NEED_G == 1:
         dg = tl.cumsum(dg, 0)
-    k = load_rows(K, b, h, row, skb, skl, skh, d, real, D).to(COMPUTE)
-    v = load_rows(V, b, h, row, svb, svl, svh, dv, real, DV).to(COMPUTE)
+    k = load_rows(K, b, h, place, skb, skl, skh, d, real, D).to(COMPUTE)
+    v = load_rows(V, b, h, place, svb, svl, svh, dv, real, DV).to(COMPUTE)
     a_col, a_col_low = load_sums(HIGH, LOW, a + row, EXACT)
     c_col, c_col_low = load_sums(HIGH, LOW, c + row, EXACT)
     t = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -177,7 +180,7 @@ def queries_gradient_kernel(
     )  # fmt: skip
     dq = tl.dot(t.to(COMPUTE), k, dq, input_precision=PRECISION)
     tl.store(
-        DQ + ((b * length + row) * H + h)[:, None] * D + d[None, :], dq.to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :]
+        DQ + ((b * length + place) * H + h)[:, None] * D + d[None, :], dq.to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :]
     )
     if NEED_F > 0 or NEED_G > 0:
         t *= tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -189,7 +192,7 @@ def queries_gradient_kernel(
         t = t.to(COMPUTE)
         if NEED_F == 1:
             x = tl.dot((n[:, None] <= n[None, :]).to(COMPUTE), t, input_precision=PRECISION)  # queries from the step on
-            tl.store(DF + token, df + tl.sum(tl.where(n[:, None] > n[None, :], x, 0.0), 1), mask=ok)  # keys before it
+            tl.store(DF + step, df + tl.sum(tl.where(n[:, None] > n[None, :], x, 0.0), 1), mask=ok)  # keys before it
         if NEED_G == 1:
             x = tl.dot((n[:, None] >= n[None, :]).to(COMPUTE), t, input_precision=PRECISION)
-            tl.store(DG + token, dg + tl.sum(tl.where(n[:, None] < n[None, :], x, 0.0), 1), mask=ok)
+            tl.store(DG + step, dg + tl.sum(tl.where(n[:, None] < n[None, :], x, 0.0), 1), mask=ok)

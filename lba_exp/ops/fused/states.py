@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import load_rows, load_sums, real_tokens, whole_factor
+from lba_exp.ops.fused.tiles import load_rows, load_sums, places_of, real_tokens, whole_factor
 
 
 @triton.jit
 def states_kernel(
-    X, Y, DEN, OUT, DOT, MASK, HIGH, LOW, TOTALS, S, Z, SEG, SEG_Z, SEG_T,
+    X, Y, DEN, OUT, DOT, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, SEG, SEG_Z, SEG_T,
     sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, smb, length, H, NB, NSEG, blocks_per_segment, first, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr, WALKS: tl.constexpr,
-    ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ENTER: tl.constexpr, STORE: tl.constexpr,
+    ADJOINT: tl.constexpr, SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr,
+    ENTER: tl.constexpr, STORE: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Sums of x y^T over all tokens on one side of a block, decayed to its border, for each block of a segment.
@@ -65,9 +66,10 @@ def states_kernel(
         for i in tl.static_range(0, CB, BT):
             row = block.to(tl.int64) * CB + i + tl.arange(0, BT)
             ok = row < length
-            real = real_tokens(MASK, b, smb, row, ok, MASKED)
-            x = load_rows(X, b, h, row, sxb, sxl, sxh, d, real, D).to(COMPUTE)
-            y = load_rows(Y, b, h, row, syb, syl, syh, dv, real, DV).to(tl.float32)
+            place = places_of(ORDER, row, ok, ORDERED)
+            real = real_tokens(MASK, b, smb, place, ok, MASKED)
+            x = load_rows(X, b, h, place, sxb, sxl, sxh, d, real, D).to(COMPUTE)
+            y = load_rows(Y, b, h, place, syb, syl, syh, dv, real, DV).to(tl.float32)
             high, low = load_sums(HIGH, LOW, sums + row, EXACT)
             e = tl.where(direction == 0, high, whole - high)
             if EXACT:
@@ -75,10 +77,10 @@ def states_kernel(
             e = tl.exp2(tl.where(e > 0, 0.0, e))
             scale = e
             if ADJOINT and SCALED:
-                token = bh * length + row
+                token = bh * length + place
                 if DIVIDED:
                     inverse = 1.0 / (tl.load(DEN + token, mask=real, other=1.0) + eps)
-                    o = load_rows(OUT, b, h, row, sob, sol, soh, dv, real, DV)
+                    o = load_rows(OUT, b, h, place, sob, sol, soh, dv, real, DV)
                     dot = -inverse * tl.sum(y * o.to(tl.float32), 1)
                     tl.store(DOT + token, dot, mask=ok & (direction == first))
                     scale = e * inverse

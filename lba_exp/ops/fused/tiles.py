@@ -11,6 +11,14 @@ def load_rows(X, b, h, row, sxb, sxl, sxh, c, ok, C: tl.constexpr):
 
 
 @triton.jit
+def places_of(ORDER, row, ok, ORDERED: tl.constexpr):
+    """Where the tokens that are read at ``row`` are stored, int64."""
+    if ORDERED:
+        row = tl.load(ORDER + row, mask=ok, other=0)
+    return row
+
+
+@triton.jit
 def real_tokens(MASK, b, smb, row, ok, MASKED: tl.constexpr):
     """The tokens that are there and not padded."""
     if MASKED:
