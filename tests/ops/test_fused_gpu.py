@@ -20,6 +20,7 @@ from lba_exp.ops.fused import operator
 from . import reference
 from .compare import Case, check, error, gradients, leaves
 from .fused_jobs import Job, Judge, compile_ahead, default_jobs, plan_jobs, run
+from .test_order import reordered
 
 AVAILABLE = torch.cuda.is_available() and operator.HAS_TRITON
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason="needs a CUDA device and Triton")]
@@ -91,6 +92,22 @@ def test_views_of_one_linear_layer(dtype):
         y = bidirectional_linear_attention(*inputs, f, b, form="fused", scaled=False)
         results.append([num, den, y, *gradients([num, den, y], inputs, torch.float32)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_order_is_a_way_to_read(dtype):
+    case = next(job.case for job in DEFAULT if job.case.dtype == dtype)
+    for length in (197, 1000):
+        *tensors, mask = dataclasses.replace(case, length=length).tensors()
+        order = torch.randperm(length, device="cuda")
+        stored, stored_mask = reordered(tensors, mask, order)
+        results = []
+        for inputs, own_mask, own_order in ((tensors, mask, None), (stored, stored_mask, order)):
+            inputs = leaves(inputs)
+            y = bidirectional_linear_attention(*inputs, padding_mask=own_mask, token_order=own_order, form="fused")
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [x for x in inputs if x is not None])])
+        for n, (one, other) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(one, other[:, order] if n < 4 else other)
 
 
 def test_autocast_changes_nothing():
