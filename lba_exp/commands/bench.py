@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, one, read, whole
+from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES, Settings, one, positive, read, whole
 from lba_exp.bench.step_settings import COMPILES
 from lba_exp.bench.step_settings import DTYPES as STEP_DTYPES
 from lba_exp.commands.common import fail
@@ -122,6 +122,20 @@ def _parser() -> argparse.ArgumentParser:
     fourth.add_argument("--chunk-size", default="64", help="tokens per chunk (%(default)s)")
     fourth.add_argument("--repeats", default="5", help="calls that are timed (%(default)s)")
     fourth.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
+    fifth = benches.add_parser(
+        "tune",
+        help="which of the fused form's candidate sizes is the fastest on this GPU; later runs take it",
+        description="Times the candidates of lba_exp/ops/fused/candidates.py on this GPU, checks that their results agree, and keeps the "
+        "fastest in a file that every later run on such a GPU reads: LBA_EXP_PLANS, else lba_exp/fused_plans.json in the cache folder.",
+        allow_abbrev=False,
+    )
+    fifth.set_defaults(run=tune)
+    fifth.add_argument("--dtypes", default="bfloat16,float32", help="bfloat16 (float16 goes with it), float32 (all)")
+    fifth.add_argument("--widths", default="64,128", help="Dk and Dv: 64 and below, 128 and below (all)")
+    fifth.add_argument("--tokens", default="131072", help="tokens a call, all sequences together (%(default)s)")
+    fifth.add_argument("--heads", default="12", help="(%(default)s)")
+    fifth.add_argument("--repeats", default="5", help="turns of each candidate (%(default)s)")
+    fifth.add_argument("--seconds", default="0.5", help="time that the turns of one candidate take together (%(default)s)")
     return parser
 
 
@@ -170,6 +184,18 @@ def sequence(args: argparse.Namespace, command: str) -> int:
 
     settings = bench.SequenceSettings(**options, form=args.form)
     bench.show(settings, bench.run(settings))
+    return 0
+
+
+def tune(args: argparse.Namespace, command: str) -> int:
+    """``lba-bench tune``: measure, print and write; returns the exit code."""
+    numbers = {name: whole(name, getattr(args, name)) for name in ("tokens", "heads", "repeats")}
+    dtypes = tuple(one("dtypes", text, ("bfloat16", "float32"), "a dtype") for text in args.dtypes.split(","))
+    widths = tuple(int(one("widths", text, ("64", "128"), "a width")) for text in args.widths.split(","))
+    from lba_exp.bench import tune as bench
+
+    path = bench.run(bench.TuneSettings(dtypes, widths, seconds=positive("seconds", args.seconds), **numbers))
+    print(f"written to {path}")
     return 0
 
 

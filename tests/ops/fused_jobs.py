@@ -111,15 +111,14 @@ def default_jobs() -> list[Job]:
 
 def plan_jobs() -> list[Job]:
     """Every plan that a launch may take, in a sequence of several blocks a segment and several segments."""
-    from lba_exp.ops.fused import plan as plans
+    from lba_exp.ops.fused.candidates import CANDIDATES
 
-    tables = {"forward": plans.FORWARD, "backward": plans.BACKWARD, "linear": plans.LINEAR}
-    candidates = {(kind, *key): dict.fromkeys(pair) for kind, table in tables.items() for key, pair in table.items()}
     jobs = []
-    for (kind, precision, width), listed in candidates.items():
+    for (kind, precision, width, span), listed in CANDIDATES.items():
         dtype, decay = torch.bfloat16 if precision == "half" else torch.float32, "none" if kind == "linear" else "selective"
         tried = case(dtype, width, width, batch=1, heads=2, level="mixed", padded="holes", kinds=(decay, decay))
-        jobs += [Job(f"{kind}-{precision}-{width}-{n}", tried, (1000,), kind, plan, 1) for n, plan in enumerate(listed)]
+        lengths = (197,) if span == "short" else (1000,)
+        jobs += [Job(f"{kind}-{precision}-{width}-{span}-{n}", tried, lengths, kind, plan, 1) for n, plan in enumerate(listed)]
     return jobs
 
 

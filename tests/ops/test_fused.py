@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not operator.INTERPRETED, reason="needs Triton, 
 if operator.INTERPRETED:
     from lba_exp.ops.fused import launch
     from lba_exp.ops.fused import plan as plans
+    from lba_exp.ops.fused.candidates import CANDIDATES
 
     from .poison import poisoned
 
@@ -34,7 +35,7 @@ def blocks(size, a_segment=2):
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "segments", lambda count, *_: (-(-count // a_segment), a_segment))
         for kind in ("forward", "backward", "linear"):
-            plan = plans.choose(kind, torch.float32, 16, 1)
+            plan = CANDIDATES[plans.key_of(kind, torch.float32, 16, 1)][0]
             columns = 32 if size > 32 and kind == "backward" else 16  # a tile of keys read by tiles of fewer queries
             tiles = {"rows": 16, "columns": columns, "state_columns": 16}
             stack.enter_context(plans.override(kind, dataclasses.replace(plan, block=size, **tiles)))
@@ -77,7 +78,7 @@ def test_several_blocks_tiles_and_segments(case):
 def test_pairs_around_a_tile(case):
     """Blocks of eight tiles: decays whose pairs lie on both sides of their tile."""
     with blocks(128), poisoned():
-        plan = dataclasses.replace(plans.choose("backward", torch.float32, 16, 999), columns=16)
+        plan = dataclasses.replace(plans._OVERRIDES["backward"], columns=16)
         with plans.override("backward", plan):
             check(dataclasses.replace(case, batch=1, heads=2), "fused")
 

@@ -130,13 +130,23 @@ def forward(
     """Output (B, L, H, Dv), in the dtype of v where divided or unscaled, else float32; denominator (B, H, L) float32, empty if unscaled."""
     size = _Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
+    if call.is_linear(f, g):
+        return _planned("linear", size, lambda plan: _linear_forward(q, k, v, mask, call, size, plan))
+    return _planned("forward", size, lambda plan: _forward(q, k, v, f, g, mask, order, call, size, plan))
+
+
+def _planned(kind: str, size: _Sizes, run):
+    return plans.with_plan(kind, size.dtype, size.width, size.L, size.device, run)
+
+
+def _outputs(v: Tensor, call: Call, size: _Sizes) -> tuple[Tensor, Tensor]:
     parts = call.scaled and not call.divided
     out = size.empty(size.B, size.L, size.H, size.DV, dtype=torch.float32 if parts else v.dtype)
-    den = size.empty(size.B, size.H, size.L) if call.scaled else size.empty(0)
-    if call.is_linear(f, g):
-        _linear_forward(q, k, v, mask, call, size, out, den)
-        return out, den
-    plan = plans.choose("forward", size.dtype, size.width, size.L)
+    return out, size.empty(size.B, size.H, size.L) if call.scaled else size.empty(0)
+
+
+def _forward(q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan) -> tuple[Tensor, Tensor]:
+    out, den = _outputs(v, call, size)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     s, z = _states(size, call, plan, sums, k, v, mask, order) if blocks > 1 else (totals, totals)
     mask, mask_stride = _mask(mask, totals)
@@ -162,15 +172,24 @@ def backward(
     """
     size = _Sizes(q, v)
     q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
+    given = (q, k, v, mask, call, size, out, den, grad, grad_den)
+    if call.is_linear(f, g):
+        return *_planned("linear", size, lambda plan: _linear_backward(*given, plan)), None, None
+    return _planned("backward", size, lambda plan: _backward(*given, f, g, order, needs, plan))
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_den: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for dq, dk, dv; and the denominator's gradient, or room for it."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if call.scaled:
         dot = size.empty(size.B, size.H, size.L) if call.divided else grad_den.contiguous()
     else:
         dot = dq
-    if call.is_linear(f, g):
-        _linear_backward(q, k, v, mask, call, size, out, den, grad, dot, dq, dk, dv)
-        return dq, dk, dv, None, None
-    plan = plans.choose("backward", size.dtype, size.width, size.L)
+    return dq, dk, dv, dot
+
+
+def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den, f, g, order, needs, plan: plans.Plan):
+    dq, dk, dv, dot = _gradients(q, k, v, call, size, grad_den)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     tiles = blocks * (plan.block // plan.columns)
     # 1: of each step, 2: of all steps together
@@ -236,8 +255,8 @@ def _tiles(size: _Sizes, plan: plans.Plan) -> tuple[int, int]:
     return repeat, triton.cdiv(tiles, repeat)
 
 
-def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, out: Tensor, den: Tensor) -> None:
-    plan = plans.choose("linear", size.dtype, size.width, size.L)
+def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, plan: plans.Plan) -> tuple[Tensor, Tensor]:
+    out, den = _outputs(v, call, size)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     repeat, tiles = _tiles(size, plan)
     mask, mask_stride = _mask(mask, s)
@@ -247,10 +266,11 @@ def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, out: Tensor, den: T
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
+    return out, den
 
 
-def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, dot, dq, dk, dv) -> None:
-    plan = plans.choose("linear", size.dtype, size.width, size.L)
+def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den, plan: plans.Plan) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv, dot = _gradients(q, k, v, call, size, grad_den)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     a, az = _linear_sum(size, call, plan, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
     repeat, tiles = _tiles(size, plan)
@@ -262,3 +282,4 @@ def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, do
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
+    return dq, dk, dv

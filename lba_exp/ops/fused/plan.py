@@ -1,71 +1,63 @@
-"""How the kernels are launched: block and tile sizes by dtype and width, and how many segments a long sequence is cut into."""
+"""How the kernels are launched: which plan, and how many segments a long sequence is cut into."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
+import triton
 
+from lba_exp.ops.fused import tuned
+from lba_exp.ops.fused.candidates import CANDIDATES, SHORT, Key, Plan
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one launch, in tokens where nothing else is said. Results differ between plans by rounding alone.
-
-    Attributes:
-        block: of a block, between whose borders states are carried (0 without decay).
-        rows: queries of a program that writes outputs; for the gradients of keys, queries at a time, a divisor of ``columns``.
-        columns: keys at a time; for gradients, tokens of a program and keys at a time; a divisor of ``block``.
-        warps, stages: of the kernels that write outputs or gradients.
-        state_columns, state_warps, state_stages: the same of the kernel that sums states; state_columns is a divisor of ``block``.
-        registers: the most that a thread of the former may take; None: what the compiler takes.
-    """
-
-    block: int
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    state_columns: int
-    state_warps: int
-    state_stages: int
-    registers: int | None = None
-
-
-# by compute dtype and width: the plan of sequences of up to SHORT tokens, which are one block then, and that of longer ones
-SHORT = 256
-FORWARD = {
-    ("half", 64): (Plan(256, 64, 32, 4, 3, 64, 4, 3), Plan(128, 64, 32, 4, 1, 128, 4, 2)),
-    ("half", 128): (Plan(256, 64, 32, 8, 2, 64, 8, 2), Plan(128, 64, 64, 8, 2, 64, 8, 2)),
-    ("full", 64): (Plan(32, 32, 32, 4, 1, 32, 4, 1),) * 2,
-    ("full", 128): (Plan(32, 32, 32, 8, 1, 32, 8, 1),) * 2,
-}
-BACKWARD = {
-    ("half", 64): (Plan(256, 32, 64, 4, 2, 64, 4, 1, 168), Plan(128, 32, 64, 4, 2, 128, 4, 2, 168)),
-    ("half", 128): (Plan(128, 32, 64, 8, 1, 64, 8, 2),) * 2,
-    ("full", 64): (Plan(32, 32, 32, 4, 1, 32, 4, 1),) * 2,
-    ("full", 128): (Plan(32, 32, 32, 8, 1, 32, 8, 1),) * 2,
-}
-LINEAR = {
-    ("half", 64): (Plan(0, 64, 64, 4, 2, 64, 4, 3), Plan(0, 128, 64, 4, 2, 128, 4, 3)),
-    ("half", 128): (Plan(0, 64, 64, 4, 2, 64, 8, 2), Plan(0, 64, 64, 4, 2, 64, 8, 2)),
-    ("full", 64): (Plan(0, 64, 64, 4, 1, 32, 4, 1), Plan(0, 64, 64, 4, 1, 32, 4, 1)),
-    ("full", 128): (Plan(0, 32, 32, 4, 1, 32, 8, 1), Plan(0, 32, 32, 4, 1, 32, 8, 1)),
-}
 # programs a multiprocessor that sum states, as long as there are tokens enough: without decay, and with
 PROGRAMS = 8
 WALKS = 3
 
 _OVERRIDES: dict[str, Plan] = {}
+_TOO_LARGE: set[tuple[str | None, Key, Plan]] = set()  # on which GPU what did not fit
+
+T = TypeVar("T")
 
 
-def choose(kind: str, dtype: torch.dtype, width: int, length: int) -> Plan:
-    """The plan of "forward", "backward" or "linear" for a compute dtype, the wider of the two (padded) widths, and a length."""
+def key_of(kind: str, dtype: torch.dtype, width: int, length: int) -> Key:
+    """Where the candidates stand for "forward", "backward" or "linear", a compute dtype, the wider (padded) width, and a length."""
+    return kind, "full" if dtype == torch.float32 else "half", 64 if width <= 64 else 128, "short" if length <= SHORT else "long"
+
+
+def with_plan(kind: str, dtype: torch.dtype, width: int, length: int, device: torch.device, run: Callable[[Plan], T]) -> T:
+    """``run`` under the plan for such inputs: the one overriding all, else that which tuning found for this GPU, else the first candidate.
+
+    One whose kernels do not fit the GPU (its shared memory) gives way to the next candidate, now and later.
+    """
     if kind in _OVERRIDES:
-        return clipped(_OVERRIDES[kind], length)
-    table = {"forward": FORWARD, "backward": BACKWARD, "linear": LINEAR}[kind]
-    short, long = table["full" if dtype == torch.float32 else "half", 64 if width <= 64 else 128]
-    return clipped(short if length <= SHORT else long, length)
+        return run(clipped(_OVERRIDES[kind], length))
+    key, name = key_of(kind, dtype, width, length), device_name(device)
+    listed = candidates(key, name)
+    for plan in listed:
+        if (name, key, plan) not in _TOO_LARGE:
+            try:
+                return run(clipped(plan, length))
+            except triton.runtime.errors.OutOfResources:
+                if plan == listed[-1]:
+                    raise
+                _TOO_LARGE.add((name, key, plan))
+    return run(clipped(listed[-1], length))
+
+
+def candidates(key: Key, device: str | None) -> tuple[Plan, ...]:
+    """The candidates in the order in which they are tried on a GPU of that name."""
+    best = None if device is None else tuned.plans(device).get(key)
+    return CANDIDATES[key] if best is None else tuple(dict.fromkeys((best, *CANDIDATES[key])))
+
+
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The name of a GPU; None where there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 class override:
