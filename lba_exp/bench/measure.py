@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 LONGEST_TURN = 1000  # calls of one form in a row
+SHORTEST_WAIT = 20_000_000  # clock cycles that the device is kept busy while a call is issued: about 10 ms
+LONGEST_WAIT = 64 * SHORTEST_WAIT
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
@@ -61,6 +63,34 @@ def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[flo
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
+
+
+def host_time(call: Callable[[], Any], count: int, device: torch.device) -> float | None:
+    """Milliseconds of the host to issue one call on CUDA, the median of ``count`` calls; None on the CPU, where there is no such thing.
+
+    Each call is issued behind a kernel that does nothing for a while. A call that returns before that kernel ends has not waited for the
+    device; where one does not, the kernel is made longer, and where that does not help the answer is None: the call waits for the device,
+    or issues more than the device's queue holds.
+    """
+    if device.type != "cuda":
+        return None
+    times: list[float] = []
+    cycles = SHORTEST_WAIT
+    with torch.cuda.device(device):
+        while len(times) < count and cycles <= LONGEST_WAIT:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(cycles)
+            slept = torch.cuda.Event()
+            slept.record()
+            start = time.perf_counter()
+            call()
+            took = 1e3 * (time.perf_counter() - start)
+            if slept.query():
+                cycles *= 4
+            else:
+                times.append(took)
+        torch.cuda.synchronize()
+    return statistics.median(times) if len(times) == count else None
 
 
 def take_turns(

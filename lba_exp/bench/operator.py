@@ -17,12 +17,14 @@ import lba_exp
 from lba_exp import ops
 from lba_exp.bench import exact, fla
 from lba_exp.bench.cases import COPY, EPS, SOFTMAX, Case, Inputs, call, choose_denominator, draw, needed_bytes
-from lba_exp.bench.measure import Problem, attempt, release, summary, take_turns
+from lba_exp.bench.measure import Problem, attempt, host_time, release, summary, take_turns
 from lba_exp.bench.settings import Settings, one
 from lba_exp.callbacks.memory import LiveTensors
 from lba_exp.errors import ConfigError
 
 Cell = dict[str, Any]
+
+HOST_CALLS = 9
 
 
 def find_device(name: str) -> torch.device:
@@ -187,12 +189,20 @@ def _measure_pass(part, contenders, prepared, budget, device, tell) -> list[Cell
     times, problems = take_turns(calls, case.settings.repeats, case.settings.seconds, device)
     for key in calls:
         cells[key] |= _empty(problems[key]) if key in problems else summary(times[key]) | {"status": "measured"}
+        if key not in problems:
+            cells[key]["host_ms"] = _host_time(calls[key], cells[key]["median_ms"], case.settings, device)
     for (case, _), cell in cells.items():
         softmax, copy = (cells.get((case, name), {}).get("median_ms") for name in (SOFTMAX, COPY))
         if cell["median_ms"] is not None:
             cell["softmax_over_form"] = None if softmax is None else softmax / cell["median_ms"]
             cell["form_over_copy"] = None if copy is None else cell["median_ms"] / copy
     return list(cells.values())
+
+
+def _host_time(call: Callable[[], Any], median_ms: float, settings: Settings, device: torch.device) -> float | None:
+    """Of a turn's calls, but no more than HOST_CALLS; None where it cannot be had, which costs a cell none of its other figures."""
+    turn = 1e3 * settings.seconds / settings.repeats / max(median_ms, 1e-6)
+    return attempt(lambda: host_time(call, max(1, min(HOST_CALLS, int(turn))), device))[0]
 
 
 def _memory_and_error(name, case, part, inputs, rows, expected, device) -> Cell:
@@ -221,6 +231,6 @@ def _head(case: Case, part: str, name: str) -> Cell:
 
 
 def _empty(problem: Problem) -> Cell:
-    times = ("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "softmax_over_form", "form_over_copy")
+    times = ("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "host_ms", "softmax_over_form", "form_over_copy")
     figures = (*times, "peak_bytes", "peak_over_io", "error", "denominator")
     return {"status": problem.status, "reason": problem.reason or None} | dict.fromkeys(figures)

@@ -20,11 +20,12 @@ from lba_exp.callbacks.memory import LIVE_TENSORS
 from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.screen import binary_size, scientific
 
-COLUMNS = ("length", "B", "B L", "form", "time", "x copy", "softmax / form", "peak memory", "x (q, k, v, y)", "error")
+COLUMNS = ("length", "B", "B L", "form", "time", "host", "x copy", "softmax / form", "peak memory", "x (q, k, v, y)", "error")
 CSV_COLUMNS = (
     *("dtype", "decay", "pass", "batch", "length", "form", "status", "reason", "median_ms", "quartile_1_ms", "quartile_3_ms", "calls"),
-    *("softmax_over_form", "form_over_copy", "peak_bytes", "peak_over_io", "error", "denominator"),
+    *("host_ms", "softmax_over_form", "form_over_copy", "peak_bytes", "peak_over_io", "error", "denominator"),
 )
+HOST_BOUND = 0.9  # the host's time over the time of a call from which the call is bound by the host
 
 Record = Mapping[str, Any]
 
@@ -33,10 +34,15 @@ def write(record: Record, folder: Path) -> None:
     """Write every file of a benchmark into a folder that exists: the record, both tables and the figure."""
     from lba_exp.bench.figure import draw
 
+    write_tables(record, folder)
+    draw(record).savefig(folder / "figure.png", format="png")
+
+
+def write_tables(record: Record, folder: Path) -> None:
+    """Write the record and both tables: milliseconds, where the figure takes a second."""
     write_record(folder, dict(record))
     write_atomically(folder / "table.md", markdown(record))
     write_atomically(folder / "table.csv", comma_separated(record))
-    draw(record).savefig(folder / "figure.png", format="png")
 
 
 def show(record: Record) -> None:
@@ -72,12 +78,18 @@ def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         *first,
         milliseconds(cell["median_ms"]),
+        "" if cell["host_ms"] is None else milliseconds(cell["host_ms"]) + " (bound)" * bound_by_host(cell),
         ratio(cell["form_over_copy"]),
         ratio(cell["softmax_over_form"]),
         binary_size(cell["peak_bytes"]),
         ratio(cell["peak_over_io"]),
         cell["reason"] or scientific(cell["error"]),
     )
+
+
+def bound_by_host(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell's time is about what the host takes to issue the call."""
+    return cell["host_ms"] is not None and cell["host_ms"] >= HOST_BOUND * cell["median_ms"]
 
 
 def ratio(value: float | None) -> str:
@@ -117,12 +129,24 @@ def notes(record: Record) -> list[str]:
         "copy: half of the bytes of q, k, v, y from one place to another on the device, which moves as many as to read q, k, v and to "
         "write y once: the floor of the forward pass; x copy: time over it, of forward + backward too. Caches are not emptied between "
         "calls: small sizes stay in them, for the copy and the forms alike.",
+        _host_note(record["cells"]),
         *_fla_notes(record["cells"]),
         f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: beside the inputs, output and gradients included ({method}{unseen}); x (q, k, v, y): as a multiple of these four.",
         f"error: relative L2 against direct summation in float64 over up to {record['judged_rows']} rows (sequence, token) at every head, "
         "softmax against softmax in float64.",
     ]
+
+
+def _host_note(cells: Iterable[Mapping[str, Any]]) -> str:
+    """What the column of the host's times tells."""
+    told = [cell for cell in cells if cell["host_ms"] is not None]
+    bound = f"; here {sum(map(bound_by_host, told))} of {len(told)} cells" if told else ""
+    return (
+        "host: the host's time to issue a call while the device has other work, so that it waits for nothing (GPU alone; empty where the "
+        f"call itself waits); bound: it is at least {HOST_BOUND:.0%} of the time, which then is the host's: kernels shorter than their "
+        f"launches{bound}."
+    )
 
 
 def _fla_notes(cells: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -33,6 +33,7 @@ class StepSettings:
         classes: number of classes.
         dtype: "float32", or "bfloat16": autocast over forward pass and loss, weights and optimizer in float32.
         compile: "model" (the whole model, for its one shape), "blocks" (as ``compile=true`` of a run) or "off".
+        profile: one more step of each model under torch's profiler, after all turns.
         device, threads, repeats, seconds: as of ``lba_exp.bench.settings.Settings``.
     """
 
@@ -44,6 +45,7 @@ class StepSettings:
     classes: int = 1000
     dtype: str = "bfloat16"
     compile: str = "model"
+    profile: bool = False
     device: str = "auto"
     threads: int | None = None
     repeats: int = 5
@@ -67,6 +69,7 @@ def read(options: Mapping[str, Any]) -> StepSettings:
         form=options["form"],
         dtype=one("dtype", options["dtype"], DTYPES, "a dtype"),
         compile=one("compile", options["compile"], COMPILES, "what is compiled"),
+        profile=options["profile"],
         device=one("device", options["device"], DEVICES, "a device"),
         threads=None if options["threads"] is None else whole("threads", options["threads"]),
         seconds=positive("seconds", options["seconds"]),

@@ -95,7 +95,11 @@ def _compiled(model: nn.Module, what: str) -> Callable[[Tensor], Tensor]:
 
 
 def measure(
-    configurations: Mapping[str, DictConfig], settings: StepSettings, device: torch.device, tell: Callable[[str, int], None]
+    configurations: Mapping[str, DictConfig],
+    settings: StepSettings,
+    device: torch.device,
+    tell: Callable[[str, int], None],
+    afterwards: Callable[[list[Cell], dict[str, Step]], None] = lambda cells, steps: None,
 ) -> list[Cell]:
     """A cell for each model: built, compiled and warmed up one after the other, then timed in turns.
 
@@ -109,6 +113,7 @@ def measure(
         settings: what they were made from.
         device: the device.
         tell: called with what is done next, and the number of models done since the last call.
+        afterwards: called after all turns with the cells and the steps that were measured, while their graphs are there.
     """
     cells, steps = {}, {}
     with _fresh_compiler():
@@ -126,10 +131,11 @@ def measure(
             tell("", 1)
         tell("time", 0)
         times, problems = take_turns(steps, settings.repeats, settings.seconds, device)
-    for name in steps:
-        problem = problems.get(name)
-        cells[name] |= _head(name, configurations[name], settings, problem) if problem else _timed(times[name], settings.batch)
-    _compare(list(cells.values()))
+        for name in steps:
+            problem = problems.get(name)
+            cells[name] |= _head(name, configurations[name], settings, problem) if problem else _timed(times[name], settings.batch)
+        _compare(list(cells.values()))
+        afterwards(list(cells.values()), {name: step for name, step in steps.items() if name not in problems})
     return list(cells.values())
 
 

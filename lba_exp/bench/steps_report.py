@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lba_exp.bench import profile_report
 from lba_exp.bench.report import head, markdown_table, milliseconds, ratio, spread
 from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.screen import binary_size
@@ -27,22 +28,30 @@ def write(record: Record, folder: Path) -> None:
     write_record(folder, dict(record))
     write_atomically(folder / "table.md", markdown(record))
     write_atomically(folder / "table.csv", comma_separated(record))
+    if "profiles" in record:
+        write_atomically(folder / "kernels.csv", profile_report.comma_separated(record))
 
 
 def show(record: Record) -> None:
-    """Print the table, what its columns mean, and why models were not measured."""
+    """Print the tables, what their columns mean, and why models were not measured."""
     console = Console(width=10_000, highlight=False)  # rich would cut what is wider than the terminal
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in COLUMNS[:2] else "right", no_wrap=True)
-    for cell in record["cells"]:
-        table.add_row(*(Text(text) for text in row(cell)))
-    console.print(Text(title(record), style="bold"))
-    console.print(table)
+    for name, columns, rows, words in tables(record):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
+        for line in rows:
+            table.add_row(*(Text(text) for text in line))
+        console.print(Text(name, style="bold"))
+        console.print(table)
     for line in notes(record):
         console.print(Text(line, style="dim"))
     for line in reasons(record):
         console.print(Text(line, style="yellow"))
+
+
+def tables(record: Record) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], int]]:
+    """Title, columns, rows, and the number of columns that hold words: the models, then their profiles."""
+    return [(title(record), COLUMNS, [row(cell) for cell in record["cells"]], 2), *profile_report.tables(record)]
 
 
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
@@ -80,19 +89,22 @@ def notes(record: Record) -> list[str]:
         f"classes; median of at least {settings['repeats']} steps, in turns with the other models, all of them warmed up before.",
         f"spread: {spread(record['cells'])}; {load}.",
         f"peak memory: weights, optimizer state, batch, and what a step adds ({environment['memory_method']}).",
+        *profile_report.notes(record),
     ]
 
 
 def reasons(record: Record) -> list[str]:
     """Why models were not measured, or are not to be trusted."""
     told = [cell for cell in record["cells"] if cell["reason"]]
-    return [f"{cell['model']} {'' if cell['status'] == 'measured' else cell['status']}: {cell['reason']}" for cell in told]
+    unmeasured = [f"{cell['model']} {'' if cell['status'] == 'measured' else cell['status']}: {cell['reason']}" for cell in told]
+    return unmeasured + profile_report.reasons(record)
 
 
 def markdown(record: Record) -> str:
     """The whole benchmark as a Markdown page."""
     lines = head("Training step", record)
-    lines += [f"## {title(record)}", "", *markdown_table(COLUMNS, [row(cell) for cell in record["cells"]]), ""]
+    for name, columns, rows, _ in tables(record):
+        lines += [f"## {name}", "", *markdown_table(columns, rows), ""]
     for note in (*notes(record), *reasons(record)):
         lines += [note, ""]
     return "\n".join(lines)

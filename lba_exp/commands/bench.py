@@ -7,6 +7,7 @@ lba-bench steps softmax lion_lit lion_d lion_s --resolution 224 --batch 128 --ou
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -19,12 +20,14 @@ from lba_exp.bench.step_settings import COMPILES
 from lba_exp.bench.step_settings import DTYPES as STEP_DTYPES
 from lba_exp.commands.common import fail
 from lba_exp.errors import RunFolderError, UserError
+from lba_exp.stopping import number_of, stopped_by_signals, stopper
 
 COMMAND = "lba-bench"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with 0, with 1 after a mistake or a form that failed, with 2 for an unknown flag, with 130 after Ctrl-C."""
+    """Entry point; exits with 0, with 1 after a mistake or a form that failed, with 2 for an unknown flag, with 130 after Ctrl-C,
+    143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
     try:
@@ -104,7 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     third.add_argument(
         "--seconds", default="10", help="time that the turns of one model take together, at least one step each (%(default)s)"
     )
-    third.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md and table.csv")
+    third.add_argument(
+        "--profile", action="store_true", help="then one more step of each under torch's profiler: its kernels (on the CPU operators)"
+    )
+    third.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv (and kernels.csv: --profile)"
+    )
     fourth = benches.add_parser(
         "sequence",
         help="one long sequence over several GPUs against one GPU with its share of the tokens",
@@ -206,28 +214,48 @@ def steps(args: argparse.Namespace, command: str) -> int:
     settings = step_settings.read(vars(args))
     configurations = step_settings.configurations(settings)
     folder = _new_folder(args.output)
+    if settings.profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on stderr; read when torch is imported
     from lba_exp.bench import operator as machine  # torch: imported once the options are known to be right
+    from lba_exp.bench import profile, steps_report
     from lba_exp.bench import steps as bench
-    from lba_exp.bench import steps_report as report
 
     device = machine.find_device(settings.device)
     with machine.threads(settings.threads):
         _make(folder)
         record = _begin("training step benchmark", command, machine, device, asdict(settings))
+        stopped = None
+
+        def timed(cells: list[dict[str, Any]], models: dict[str, Any]) -> None:
+            record.update(cells=cells, load_average_after=machine.load_average()[0])
+            if not settings.profile:
+                return
+            record["profiles"] = []
+            if folder is not None:  # whatever the profiler does, the times are there
+                steps_report.write(record, folder)
+            medians = {cell["model"]: cell["median_ms"] for cell in cells}
+            for found in profile.profiles(models, medians, device, tell):
+                record["profiles"].append(found)
+
         try:
-            with _progress(len(configurations)) as tell:
-                record["cells"] = bench.measure(configurations, settings, device, tell)
-        except KeyboardInterrupt:
-            if folder is not None:
-                folder.rmdir()  # there is nothing to write before the last turn
-            fail(COMMAND, "stopped by the user; nothing was written.")
-            return 130
-        record |= {"status": "finished", "load_average_after": machine.load_average()[0]}
+            with _progress(len(configurations) * (1 + settings.profile)) as tell, stopped_by_signals():
+                bench.measure(configurations, settings, device, tell, timed)
+            record["status"] = "finished"
+        except KeyboardInterrupt as stop:
+            record["status"], stopped = "interrupted", number_of(stop)
+    if not record["cells"]:
+        if folder is not None:
+            folder.rmdir()  # there is nothing to write before the last turn
+        fail(COMMAND, f"stopped by {stopper(stopped)}; nothing was written.")
+        return 128 + stopped
     if folder is not None:
-        report.write(record, folder)
-    report.show(record)
+        steps_report.write(record, folder)
+    steps_report.show(record)
     if folder is not None:
         print(f"written to {folder}")
+    if stopped is not None:
+        fail(COMMAND, f"stopped by {stopper(stopped)} after {len(record.get('profiles', ()))} of {len(configurations)} profiles.")
+        return 128 + stopped
     return _tell_failures(record["cells"], "model", len(configurations))
 
 
@@ -259,34 +287,38 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
     from lba_exp.bench import report
     from lba_exp.bench.exact import ROWS
     from lba_exp.bench.growth import crossovers, growth
-    from lba_exp.results.folder import write_record
 
     record = _begin("operator benchmark", command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
     cells = record["cells"]
     number = sum(map(len, bench.grid(settings))) * len(settings.passes) * len(bench.contenders_of(settings, forms))
+    stopped = None
+
+    def finish() -> None:
+        record.update(load_average_after=bench.load_average()[0], crossovers=crossovers(cells), growth=growth(cells))
+
     try:
-        with _progress(number) as tell:
+        with _progress(number) as tell, stopped_by_signals():
             for found in bench.measure(settings, forms, device, tell):
                 cells += found
                 if folder is not None:  # a process that is killed leaves what it had
-                    write_record(folder, record)
+                    finish()
+                    report.write_tables(record, folder)
         record["status"] = "finished"
-    except KeyboardInterrupt:
-        record["status"] = "interrupted"
+    except KeyboardInterrupt as stop:
+        record["status"], stopped = "interrupted", number_of(stop)
     except BaseException:
         record["status"] = "failed"
         raise
     finally:
-        record["load_average_after"] = bench.load_average()[0]
-        record |= {"crossovers": crossovers(cells), "growth": growth(cells)}
+        finish()
         if folder is not None:  # before the screen, which may be a pipe that is closed
             report.write(record, folder)
         report.show(record)
         if folder is not None:
             print(f"written to {folder}")
-    if record["status"] == "interrupted":
-        fail(COMMAND, f"stopped by the user after {len(cells)} of {number} cells.")
-        return 130
+    if stopped is not None:
+        fail(COMMAND, f"stopped by {stopper(stopped)} after {len(cells)} of {number} cells.")
+        return 128 + stopped
     return _tell_failures(cells, "form", number)
 
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.utils import JobReturn
 from rich.console import Console
 
 from lba_exp.results import folder as folders
+from lba_exp.stopping import number_of, stopped_by_signals
 from lba_exp.sweeping import plan as planning
 from lba_exp.sweeping import report as reporting
 from lba_exp.sweeping.plan import Job, Plan
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the sweep as Ctrl-C does."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
 
 
 def console() -> Console:
@@ -42,13 +32,13 @@ def perform(plan: Plan, launcher: Any) -> None:
         RunFolderError: the sweep's own folder cannot be written.
     """
     screen = console()
-    with reporting.Report(plan, screen) as report, _signals():
+    with reporting.Report(plan, screen) as report, stopped_by_signals():
         try:
             todo = _to_do(plan, report)
             if todo:
                 _launch(plan, launcher, todo, report)
         except KeyboardInterrupt as stop:
-            plan.stopped = getattr(stop, "number", signal.SIGINT)
+            plan.stopped = number_of(stop)
     reporting.show_summary(plan, screen)
 
 
@@ -110,21 +100,3 @@ def _record(job: Job) -> dict[str, Any] | None:
         return folders.read_record(job.folder)
     except folders.RunFolderError:
         return None
-
-
-@contextmanager
-def _signals():
-    """SIGTERM and SIGHUP stop a sweep as Ctrl-C does."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

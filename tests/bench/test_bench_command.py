@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
         assert c["status"] == "measured" and c["reason"] is None and c["calls"] >= 2 and c["batch"] == 1
         assert 0 < c["quartile_1_ms"] <= c["median_ms"] <= c["quartile_3_ms"]
         assert c["softmax_over_form"] == pytest.approx(softmax[key[:4]] / c["median_ms"])
-        assert c["form_over_copy"] == pytest.approx(c["median_ms"] / copy[key[:4]]) and c["denominator"] is None
+        assert c["form_over_copy"] == pytest.approx(c["median_ms"] / copy[key[:4]]) and c["denominator"] is c["host_ms"] is None
         if c["form"] == "copy":
             assert c["form_over_copy"] == 1 and c["error"] is c["peak_bytes"] is None
             continue
@@ -143,21 +144,50 @@ def test_a_form_that_breaks_is_told(tmp_path, monkeypatch, capsys):
     assert "the first one (chunkwise) with: RuntimeError: kernel" in capsys.readouterr().err
 
 
-def test_stopped_by_the_user(tmp_path, monkeypatch, capsys):
+def test_cells_that_the_host_bounds_are_told(tmp_path, monkeypatch, capsys):
+    times = iter([1e9, 1e-9, RuntimeError("no event"), None])
+
+    def host_time(call, count, device):
+        assert 1 <= count <= operator.HOST_CALLS
+        found = next(times)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(operator, "host_time", host_time)
+    run("--lengths=8", "--decays=none", "--passes=forward", "--forms=parallel,chunkwise", "--output=out")
+    cells = record(tmp_path / "out")["cells"]
+    assert [(c["form"], c["host_ms"], c["status"]) for c in cells] == [
+        ("parallel", 1e9, "measured"),
+        ("chunkwise", 1e-9, "measured"),
+        ("softmax", None, "measured"),
+        ("copy", None, "measured"),
+    ]
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "table.md").read_text()):
+        assert text.count("1,000,000,000 ms (bound)") == 1 and "0.000 ms (bound)" not in text and "here 1 of 2 cells" in text
+
+
+@pytest.mark.parametrize(("number", "who", "code"), [(signal.SIGINT, "the user", 130), (signal.SIGTERM, "SIGTERM", 143)])
+def test_stopped(tmp_path, monkeypatch, capsys, number, who, code):
     measured = operator._measure_pass
 
     def until(part, *args):
         if part == "both":
             assert record(tmp_path / "out")["status"] == "running", "what a killed process leaves"
-            raise KeyboardInterrupt
+            page = (tmp_path / "out" / "table.md").read_text()
+            assert "fixed decay, float32, forward" in page and "| 16 | 1 | 16 | parallel | " in page and "running" in page
+            assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 6
+            signal.raise_signal(number)
         return measured(part, *args)
 
     monkeypatch.setattr(operator, "_measure_pass", until)
-    run("--lengths=8,16", "--decays=fixed", "--forms=parallel", "--output=out", code=130)
+    before = signal.getsignal(number)
+    run("--lengths=8,16", "--decays=fixed", "--forms=parallel", "--output=out", code=code)
+    assert signal.getsignal(number) is before
     content = record(tmp_path / "out")
     assert content["status"] == "interrupted" and {c["pass"] for c in content["cells"]} == {"forward"} and len(content["cells"]) == 6
     streams = capsys.readouterr()
-    assert "fixed decay, float32, forward" in streams.out and "after 6 of 12 cells" in streams.err
+    assert "fixed decay, float32, forward" in streams.out and f"stopped by {who} after 6 of 12 cells" in streams.err
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result.json", "table.md", "table.csv", "figure.png"}
 
 
