@@ -14,10 +14,10 @@ def around_kernel(
     PAIRS, ENDS, AROUND, DF, DG, length, NB, BH,
     CB: tl.constexpr, BT: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Adds to DF and DG what lies around each tile. Grid (NB, B H): one block."""
+    """Adds to DF and DG what lies around each tile. Grid (NB B H,), a block a program, blocks fastest."""
     QT: tl.constexpr = CB // BT
-    block = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) % NB
+    bh = (tl.program_id(0) // NB).to(tl.int64)
     tiles = NB * QT
     first = bh * tiles + block * QT
     live = tl.cdiv(length - block * CB, BT)  # tiles beyond wrote nothing

@@ -78,7 +78,7 @@ def _sums(f: Tensor | None, g: Tensor | None, size: _Sizes, block: int) -> tuple
     totals = size.empty(2, 2, size.BH, blocks)
     f, g = _steps(f, size), _steps(g, size)
     heads = min(4, triton.next_power_of_2(size.H))
-    sums_kernel[(blocks, size.B, triton.cdiv(size.H, heads))](
+    sums_kernel[(blocks * size.B, triton.cdiv(size.H, heads))](
         f, g, high, low, totals, *f.stride(), *g.stride(), size.L, size.H, blocks, CB=block, BH=heads
     )
     return high, low, totals, blocks
@@ -224,7 +224,7 @@ def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den,
         *strides, mask_stride, *numbers, BQ=plan.rows, **options,
     )  # fmt: skip
     if 1 in (need_f, need_g) and (blocks > 1 or per_block > 2):
-        around_kernel[(blocks, size.BH)](pairs, ends, around, *grads, size.L, blocks, size.BH, **cut)
+        around_kernel[(blocks * size.BH,)](pairs, ends, around, *grads, size.L, blocks, size.BH, **cut)
     df, dg = (x.sum(2) if need == 2 else x for x, need in ((df, need_f), (dg, need_g)))
     return dq, dk, dv, df, dg
 

@@ -16,13 +16,13 @@ def sums_kernel(
     """Per block of CB tokens: forward decays summed up to and with each token, backward ones without it, and the whole block's.
 
     F, G: log decays (B, L, H) by strides. HIGH, LOW: (2, B H, NB CB) float32, whose sum is the sum in powers of two;
-    TOTALS: (2, 2, B H, NB), high and low parts of both directions. Sums are made in float64. Grid (NB, B, H / BH).
+    TOTALS: (2, 2, B H, NB), high and low parts of both directions. Sums are made in float64. Grid (NB B, H / BH), blocks fastest.
     """
-    block = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
+    block = tl.program_id(0) % NB
+    b = (tl.program_id(0) // NB).to(tl.int64)
+    batches = tl.num_programs(0) // NB
     rows = block * CB + tl.arange(0, CB)
-    h = tl.program_id(2) * BH + tl.arange(0, BH)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
     ok = (rows[:, None] < length) & (h[None, :] < H)
     for direction in tl.static_range(2):
         if direction == 0:
