@@ -122,7 +122,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for form, f in result["forms"].items():
         label = f"{form} (reference)" if form == result["reference"] and len(result["forms"]) > 1 else form
         distance = [str(f.get("different", "")), str(f.get("near_ties", "")), f"{f['rel']:.1e}" if "rel" in f else ""]
-        table.add_row(label, str(f["count"]), f"{100 * f['accuracy']:.2f} %", *distance)
+        table.add_row(label, str(f["count"]), "" if f["accuracy"] is None else f"{100 * f['accuracy']:.2f} %", *distance)
     console.print(table)
     if result["status"] != "finished":
         console.print(f"This run is {result['status']}: the weights are its best so far, of step {result['step']:,}.", highlight=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lba_exp.data.buckets import Buckets
 from lba_exp.data.labels import SPLITS
 from lba_exp.data.loader import ResumableLoader
 from lba_exp.data.spec import DataSpec
@@ -52,7 +53,8 @@ class SplitData(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, in an order of their own every epoch (in one order under Lightning's ``overfit_batches``)."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0
-        return self._loader(self._training_samples(), self.batch_size, shuffle=not overfit, equal_shards=True)
+        buckets = None if overfit else self._buckets()
+        return self._loader(self._training_samples(), self.batch_size, shuffle=not overfit, equal_shards=True, buckets=buckets)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.split_loader("validation")
@@ -68,6 +70,10 @@ class SplitData(pl.LightningDataModule):
         """What a person sees in a batch's inputs: for each a uint8 picture (height, width[, 3]) or its tokens; None: nothing to show."""
         return None
 
+    def _buckets(self) -> Buckets | None:
+        """How training batches are sorted by length; None: not at all."""
+        return None
+
     def _training_samples(self) -> Sequence:
         return self._split("train")
 
@@ -77,7 +83,9 @@ class SplitData(pl.LightningDataModule):
             raise DataError(unknown(split, SPLITS, f"a split of {self.spec.name}"))
         return self._splits[split]
 
-    def _loader(self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool) -> ResumableLoader:
+    def _loader(
+        self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool, buckets: Buckets | None = None
+    ) -> ResumableLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         shared = self.sequence_parallel_size
         return ResumableLoader(
@@ -90,4 +98,5 @@ class SplitData(pl.LightningDataModule):
             world_size=ranks // shared,
             equal_shards=equal_shards,
             collate=self._collate,
+            buckets=buckets,
         )

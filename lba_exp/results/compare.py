@@ -75,7 +75,7 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
     either form are not finite, the prediction counts as different.
 
     Args:
-        reference, logits: (..., classes), any float dtype.
+        reference, logits: (..., classes), any float dtype; of one class, a number is predicted, which has no accuracy.
         labels: (...) integers; those equal to -100 are left out, with their logits. None: no accuracy.
 
     Raises:
@@ -88,6 +88,7 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
         labels = labels.detach().flatten()
         kept = labels != IGNORED_LABEL
         reference, logits, labels = reference[kept], logits[kept], labels[kept].cpu()
+        labels = None if logits.shape[-1] == 1 else labels  # a number is predicted: there is no accuracy
     reference, logits = reference.cpu().double(), logits.cpu().double()
     if not reference.numel():
         return Totals()
