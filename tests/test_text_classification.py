@@ -202,13 +202,13 @@ DEVICES = ["data.global_batch_size=8", "data.eval_batch_size=3", "trainer.max_ep
 DEVICES += ["data.bucket_steps=2", "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=null"]
 
 
-@pytest.mark.parametrize("task", ["mrpc", "stsb"])
-def test_two_devices_count_every_sample_once(places, tmp_path, task):
+@pytest.mark.parametrize(("task", "pieces"), [("mrpc", 1), ("stsb", 2)])
+def test_two_devices_count_every_sample_once(places, tmp_path, task, pieces):
     """13 samples on two devices; training in buckets is that on one device too."""
     found = []
     for name, devices in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        run = of(places, task, *DEVICES, *(["trainer.strategy=ddp"] if devices == 2 else []))
+        run = of(places, task, *DEVICES, *([f"trainer.accumulate_grad_batches={pieces}", "trainer.strategy=ddp"] if devices == 2 else []))
         answers = forked.run_on_many(tmp_path / name, run, devices) if devices == 2 else [forked.run(tmp_path / name, run)]
         assert [code for code, _ in answers] == [0] * devices, answers
         found.append((answers[0][1][1]["metrics"], read_rows(tmp_path / name / "run" / "metrics.csv")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,10 @@ class Pearson(_Correlation, PearsonCorrCoef):
 
 
 class Spearman(_Correlation, SpearmanCorrCoef):
-    pass
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*save all targets and predictions.*")  # two numbers a sample
+            super().__init__()
 
 
 def split_metrics(names: Sequence[str], classes: int, *, checked: bool = True) -> nn.ModuleDict:
