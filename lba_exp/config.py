@@ -124,7 +124,7 @@ class DataSchema:
     )
     tokens: str = setting("wordpiece", "what a text to classify is cut into", choices=("wordpiece", "bytes"))
     pad_multiple: int = setting(8, "batches of texts are padded to a multiple of so many tokens", low=1)
-    bucket_steps: int = setting(50, "training texts are sorted by length among so many steps; 0: not at all", low=0)
+    bucket_steps: int = setting(50, "texts are sorted by length among so many steps; 0: not at all", low=0)
     train_split: str | None = setting(None, "the source's name of its training split; default: train, training")
     validation_split: str | None = setting(None, "the source's name of its validation split; default: validation, valid, val, dev")
     test_split: str | None = setting(None, "the source's name of its test split; default: test, testing")

@@ -42,7 +42,7 @@ class TextClassification(SplitData):
         vocabulary, lowercase: of WordPiece.
         max_length: tokens of a sample at most, at least 8; longer texts are cut, and counted in ``notes``.
         pad_multiple: lengths of batches are multiples of this.
-        bucket_steps: training batches are sorted by length among so many steps, see ``Buckets``; 0: not at all.
+        bucket_steps: batches are sorted by length among so many steps, see ``Buckets``; 0: not at all.
         train_split, validation_split, test_split: the source's names of the splits; None: the usual ones.
         validation_fraction, test_fraction: share of the training split that becomes a split which the source lacks, stratified by class.
         split_seed: of those cuts.
@@ -164,12 +164,11 @@ class TextClassification(SplitData):
         """The tokens behind a batch's inputs, in words; None where a number is predicted."""
         return None if self.target == "number" else [self.tokenizer.words(row) for row in inputs.tolist()]
 
-    def _buckets(self) -> Buckets | None:
+    def _buckets(self, split: str, samples: int) -> Buckets | None:
         if not self.bucket_steps:
             return None
-        devices, pieces = (1, 1) if self.trainer is None else (self.trainer.world_size, self.trainer.accumulate_grad_batches)
-        step = self.batch_size * (devices // self.sequence_parallel_size) * pieces
-        return Buckets(self._split("train").tokens.lengths, step, self.bucket_steps)
+        devices = 1 if self.trainer is None else self.trainer.world_size // self.sequence_parallel_size
+        return Buckets(self._split(split).tokens.lengths, samples * devices, self.bucket_steps)
 
     def _read(self, source: Source) -> Mapping[str, Any]:
         if self.glue_task is not None and is_original(source):

@@ -35,7 +35,7 @@ class EpochOrder:
         equal_shards: True: every rank gets equally many batches (training). The last one may differ in size by one sample from rank to
             rank; a rank that would get none is given the epoch's first sample once more, and its ``weight`` is 0.
             False: every sample falls to exactly one rank (evaluation), the numbers of batches equal where they can be.
-        buckets: what sorts a shuffled order by length; None: nothing.
+        buckets: what sorts the order by length, the same every epoch where it is not shuffled; None: nothing.
     """
 
     def __init__(
@@ -59,10 +59,8 @@ class EpochOrder:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Sample indices, int64 (<= batch_size,), of each batch of this rank in ``epoch``."""
-        if not self.shuffle:
-            return self._batches(np.arange(self.samples))
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.samples)
+        rng = np.random.default_rng([self.seed, epoch] if self.shuffle else 0)
+        order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
         return self._batches(order if self.buckets is None else self.buckets.sort(order, rng))
 
     @property

@@ -60,7 +60,7 @@ def write(folder, suffix, table, split="train"):
 
 
 def made(folder, vocabulary, **options):
-    options = {"validation_split": "train", "test_split": "train", "max_length": 16, "batch_size": 4, **options}
+    options = {"validation_split": "train", "test_split": "train", "max_length": 16, "batch_size": 4, "bucket_steps": 0, **options}
     module = TextClassification(str(folder), vocabulary=None if options.get("tokens") == "bytes" else vocabulary, **options)
     module.setup()
     return module
@@ -180,6 +180,18 @@ def test_buckets_spare_padding_and_change_from_epoch_to_epoch():
     assert any(not np.array_equal(a, b) for a, b in zip(same, seed, strict=True))
     first = [int(lengths[batch].mean()) for batch in same[:20]]
     assert first != sorted(first)  # batches do not come in order of their length
+
+
+def test_evaluation_is_sorted_too_the_same_every_time():
+    lengths = np.random.default_rng(1).integers(1, 1000, 401)
+    given = {"seed": 0, "shuffle": False, "drop_last": False, "world_size": 2, "equal_shards": False}
+    orders = [EpochOrder(401, 16, rank=rank, buckets=Buckets(lengths, 32, 50), **given) for rank in (0, 1)]
+    batches = [order.batches(0) for order in orders]
+    assert sorted(i for mine in batches for batch in mine for i in batch.tolist()) == list(range(401))
+    assert all(
+        np.array_equal(a, b) for order, mine in zip(orders, batches, strict=True) for a, b in zip(order.batches(3), mine, strict=True)
+    )
+    assert sum(len(batch) * lengths[batch].max() for mine in batches for batch in mine) / lengths.sum() < 1.2
 
 
 def test_buckets_are_part_of_a_place_in_the_data():
