@@ -15,7 +15,8 @@ from lba_exp.convert.files import read_weights
 from lba_exp.errors import ConfigError
 from lba_exp.models.pretrained import CONFIG, MODEL_CONFIG
 
-POSITIONS = "encoder.positions.weight"
+POSITIONS, EMBEDDING = "encoder.positions.weight", "encoder.embedding.weight"
+ROUND = (8, 64, 128)  # published vocabularies are filled up to a multiple of these
 ALIKE = ("norm_position", "norm_eps", "mlp")  # settings of a model that its weights do not show
 FREE = ("form", "chunk_size", "layer")  # settings of a mixer that do not change what it computes, or that follow from its place
 
@@ -25,7 +26,7 @@ def initialise(model: nn.Module, path: Path, data: Any = None) -> list[str]:
 
     A model with ``own_parts`` (a text classifier's pooler and head) takes the encoder of any model that has one: a masked language model,
     or the classifier of another task. Its own parts are taken where they are there and fit, and start anew otherwise. Learned positions
-    may be more than it has: the first ones are taken.
+    may be more than it has: the first ones are taken; so are those of a vocabulary that was filled up to a round number.
 
     Args:
         path: a run folder, a checkpoint, a model folder or its model.safetensors.
@@ -54,8 +55,8 @@ def initialise(model: nn.Module, path: Path, data: Any = None) -> list[str]:
     _check_encoder(own, weights, config, getattr(model, "config", None) or {}, source)
     _check_vocabulary(content, data, source)
     taken = {name: value for name, value in weights.items() if name.startswith("encoder.")}
-    if POSITIONS in own and POSITIONS in taken:
-        taken[POSITIONS] = taken[POSITIONS][: len(own[POSITIONS])]
+    for name in {POSITIONS, EMBEDDING} & {*own} & {*taken}:
+        taken[name] = taken[name][: len(own[name])]
     anew = []
     for part in parts:
         names = [name for name in own if name.startswith(f"{part}.")]
@@ -78,11 +79,10 @@ def check_weights(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], sourc
 
 def _check_encoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], config: dict, mine: dict, source: str) -> None:
     """The sizes of an encoder, one by one; raises ConfigError."""
-    embedding = "encoder.embedding.weight"
-    if embedding not in theirs:
-        raise ConfigError(f"{source} holds no encoder of text (no {embedding}): give a masked language model, or a text classifier.")
-    (vocabulary, width), (tokens, here) = theirs[embedding].shape, own[embedding].shape
-    if vocabulary != tokens:
+    if EMBEDDING not in theirs:
+        raise ConfigError(f"{source} holds no encoder of text (no {EMBEDDING}): give a masked language model, or a text classifier.")
+    (vocabulary, width), (tokens, here) = theirs[EMBEDDING].shape, own[EMBEDDING].shape
+    if vocabulary not in (tokens, *(-(-tokens // to) * to for to in ROUND)):
         raise ConfigError(
             f"{source} has a vocabulary of {vocabulary:,} tokens, and data.vocabulary one of {tokens:,}: give the one it was trained with."
         )

@@ -13,6 +13,7 @@ from lba_exp.commands import train as command
 from lba_exp.composing import compose
 from lba_exp.convert import from_pretrained
 from lba_exp.errors import ConfigError, UserError
+from lba_exp.models.pretrained import create
 from lba_exp.results.metrics_log import read_rows
 from tests import forked, glue
 from tests.corpus import write_corpus
@@ -124,6 +125,10 @@ def test_the_weights_of_another_run(places, pretrained, tmp_path):
     again, told = start("again", "init_from=saved", f"data.source={places / 'rte'}")
     assert torch.equal(again["model.encoder.embedding.weight"], mnli["model.encoder.embedding.weight"])
     assert from_pretrained("saved").config["classes"] == 3
+    filled = create(lba_exp.convert.read_model(pretrained).config | {"vocabulary": 24})  # 19 tokens, filled up to a multiple of 8
+    filled.save_pretrained("filled")
+    cut, _ = start("cut", "init_from=filled/model.safetensors")
+    assert torch.equal(cut["model.encoder.embedding.weight"], filled.encoder.embedding.weight[:19])
 
 
 def test_weights_that_do_not_fit_are_explained(places, pretrained, tmp_path):
