@@ -48,7 +48,8 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     constructor = registry.DATA[settings.pop("kind")]
     settings = fitting(constructor, settings, DataSchema(), "data") | {"name": naming.data_name(cfg), "seed": cfg.seed}
     if "token_types" in inspect.signature(constructor).parameters:
-        settings["token_types"] = "token_types" in inspect.signature(registry.MODELS[cfg.model.kind].forward).parameters
+        forward = getattr(registry.MODELS[cfg.model.kind], "forward", None)  # a plugin's may be a function
+        settings["token_types"] = forward is not None and "token_types" in inspect.signature(forward).parameters
     module = constructor(**settings)
     module.setup(None)
     return module

@@ -68,10 +68,11 @@ def made(folder, vocabulary, **options):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet", "arrow"])
 def test_every_format_gives_the_same_samples(tmp_path, vocabulary, suffix):
-    table = {"text": TEXTS, "label": ["yes", "no", "yes", "no", "yes", "no"]}
+    texts = [*TEXTS, '"run, a cat', "under"]  # a quote that is not closed, and a row behind it
+    table = {"text": texts, "label": ["yes", "no"] * 4}
     module = made(write(tmp_path / suffix, suffix, table), vocabulary, tokens="bytes", max_length=64)
-    assert module.spec.class_names == ["no", "yes"] and module.spec.sizes == dict.fromkeys(("train", "validation", "test"), 6)
-    for sample, text, label in zip(module._split("validation"), TEXTS, table["label"], strict=True):
+    assert module.spec.class_names == ["no", "yes"] and module.spec.sizes == dict.fromkeys(("train", "validation", "test"), 8)
+    for sample, text, label in zip(module._split("validation"), texts, table["label"], strict=True):
         assert sample[0].tolist() == [256, *text.encode(), 257] and sample[2] == (label == "yes")
     assert module.tokenizer.words([256, 97, 257]) == ["[CLS]", "a", "[SEP]"]
 
