@@ -82,7 +82,7 @@ def expected_metrics(task, logits, labels):
 
 
 @pytest.mark.parametrize("task", glue.TASKS)
-def test_every_task_trains_from_a_language_model_and_is_judged_as_sklearn_and_scipy_do(places, pretrained, task):
+def test_every_task_trains_from_a_language_model_and_is_judged_as_sklearn_and_scipy_do(places, pretrained, task, capsys):
     """The recurrent form sample by sample, without padding, is the judge of padded batches too."""
     run = of(places, task, f"init_from={pretrained}", "optim.lr=5e-3", "trainer.max_epochs=2", "parity=strict", "data.eval_batch_size=5")
     record = lba_exp.train(compose([*run, "folder=run"]), quiet=True)
@@ -99,9 +99,11 @@ def test_every_task_trains_from_a_language_model_and_is_judged_as_sklearn_and_sc
     rows = [row for row in read_rows(Path("run/metrics.csv")) if "val/score" in row]
     best = max(rows, key=lambda row: (row["val/score"], -row["val/loss"]))
     assert record["best"]["step"] == best["step"]
-    if task in ("stsb", "mnli"):
-        evaluated = lba_exp.evaluate("run", quiet=True)["forms"]["recurrent"]
+    if task in ("stsb", "cola", "mrpc"):
+        evaluated = lba_exp.evaluate("run")["forms"]["recurrent"]
         assert evaluated["count"] == 13 and evaluated["accuracy"] == (None if task == "stsb" else pytest.approx(test["accuracy"]))
+        assert {name: evaluated[name] for name in expected} == pytest.approx(expected, abs=2e-5)
+        assert next(iter(expected)) in capsys.readouterr().out
 
 
 def test_the_weights_of_another_run(places, pretrained, tmp_path):
