@@ -47,6 +47,9 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     settings.pop("global_batch_size")  # a matter of the number of devices, see ``batch_size``
     constructor = registry.DATA[settings.pop("kind")]
     settings = fitting(constructor, settings, DataSchema(), "data") | {"name": naming.data_name(cfg), "seed": cfg.seed}
+    if "token_types" in inspect.signature(constructor).parameters:
+        forward = getattr(registry.MODELS[cfg.model.kind], "forward", None)  # a plugin's may be a function
+        settings["token_types"] = forward is not None and "token_types" in inspect.signature(forward).parameters
     module = constructor(**settings)
     module.setup(None)
     return module
@@ -117,8 +120,12 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     """Model, loss, metrics and optimizer of a run; the weights are a function of the seed."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    built = registry.TASKS[cfg.task](
-        model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain
+    constructor = registry.TASKS[cfg.task]
+    judged = {"metrics": spec.metrics, "monitor": cfg.checkpoint.monitor}
+    taken = inspect.signature(constructor).parameters  # a task of a plugin may be judged in its own way
+    judged = {key: value for key, value in judged.items() if key in taken}
+    built = constructor(
+        model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain, **judged
     )
     if cfg.compile:
         built.compile_model()

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from lba_exp import registry
 from lba_exp.config import TRAINER_OWNED, MixerSchema, run_schema
-from lba_exp.data.sources import check_source
+from lba_exp.data.sources import check_source, vocabulary_file
 from lba_exp.errors import ConfigError
 from lba_exp.messages import bounds_words, unknown
 from lba_exp.nn.conflicts import linear_conflict, softmax_conflict
@@ -62,8 +62,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
         raise ConfigError(f"resume={cfg.resume} is no file: give auto, never, or the path of a checkpoint.")
-    if cfg.init_from is not None and not Path(cfg.init_from).expanduser().is_file():
-        raise ConfigError(f"init_from={cfg.init_from} is no file: give the path of a checkpoint.")
+    if cfg.init_from is not None:
+        weights_file(Path(cfg.init_from).expanduser())
     check_source(cfg.data.source)
 
 
@@ -82,12 +82,57 @@ def _check_fit(cfg: DictConfig) -> None:
             raise ConfigError(f"model.kind={model} is no language model, which data.kind=text_blocks needs: give masked_lm or causal_lm.")
         if objective is not None and data.objective != objective:
             raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
-        if data.vocabulary is None or not Path(data.vocabulary).expanduser().is_file():
-            raise ConfigError(f"data.vocabulary={data.vocabulary} is no file: give a WordPiece vocabulary, one token a line.")
+        vocabulary_file(data.vocabulary)
+    if data.kind == "text_classification":
+        _check_text(cfg)
+    elif cfg.checkpoint.monitor == "val/score" and data.kind in registry.DATA.builtin:
+        raise ConfigError(f"checkpoint.monitor=val/score is for texts with labels, not for data.kind={data.kind}: give val/accuracy.")
     _check_first_token(cfg.model)
     task = "language_modelling" if data.kind == "text_blocks" else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
+
+
+def _check_text(cfg: DictConfig) -> None:
+    """What a model of texts with labels needs."""
+    data, kind = cfg.data, cfg.model.kind
+    if kind in registry.MODELS.builtin and kind not in ("text_classifier", "sequence_classifier"):
+        raise ConfigError(
+            f"model.kind={kind} gives a text no label, which data.kind=text_classification needs: give text_classifier (from the first "
+            "token, as BERT does) or sequence_classifier (from the mean over all tokens)."
+        )
+    if data.tokens == "wordpiece":
+        vocabulary_file(data.vocabulary)
+    elif data.vocabulary is not None:
+        raise ConfigError(f"data.vocabulary={data.vocabulary} means nothing to data.tokens=bytes: leave it out.")
+    valid = ("pearson", "spearman") if data.target == "number" else ("accuracy", "f1", "matthews")
+    for metric in data.metrics:
+        if metric not in valid:
+            raise ConfigError(f"data.metrics={list(data.metrics)}: {unknown(metric, valid, f'a metric of data.target={data.target}')}")
+    if data.target == "number":
+        for key, value, remedy in (
+            ("checkpoint.monitor", cfg.checkpoint.monitor, "val/score") if cfg.checkpoint.monitor == "val/accuracy" else ("", None, ""),
+            ("optim.label_smoothing", cfg.optim.label_smoothing or None, "0"),
+            ("efficiency.target_accuracy", cfg.efficiency.target_accuracy, "null"),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key}={value} does not go with data.target=number, which has no accuracy: give {key}={remedy}.")
+
+
+def weights_file(path: Path) -> Path:
+    """The file of weights that ``init_from`` names: itself, or the best checkpoint of a run folder, or the weights of a model folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if path.is_dir():
+        files = [path / "checkpoints" / "best.ckpt", path / "model.safetensors"]
+        if found := [file for file in files if file.is_file()]:
+            return found[0]
+        raise ConfigError(f"init_from={path} holds neither checkpoints/best.ckpt nor model.safetensors: give a run or a model folder.")
+    if not path.is_file():
+        raise ConfigError(f"init_from={path} is no file: give the path of a checkpoint, a run folder, or a model folder.")
+    return path
 
 
 def _check_first_token(model: DictConfig) -> None:

@@ -111,12 +111,28 @@ class DataSchema:
     augment: str = setting("none", "training augmentation: none, or shifts by up to a pixel", choices=("none", "shift"))
     layout: str = setting("pixels", "an image as a sequence of pixels, or whole, for models that cut patches", choices=("pixels", "image"))
     text_column: str = setting("text", "column that holds the text")
-    vocabulary: str | None = setting(None, "file of a WordPiece vocabulary, one token a line")
+    vocabulary: str | None = setting(None, "file of a WordPiece vocabulary, one token a line, or a folder with vocab.txt")
     lowercase: bool = setting(True, "texts are put into lower case, without accents, as an uncased vocabulary needs")
-    max_length: int = setting(128, "tokens of a block of text", low=8)
+    max_length: int = setting(128, "tokens of a block of text, or of a text at most", low=8)
     objective: str = setting("masked", "predict masked tokens, or the next one", choices=("masked", "causal"))
     mask_fraction: float = setting(0.3, "share of the tokens that training predicts", above=0, high=0.9)
     eval_mask_fraction: float = setting(0.15, "share of the tokens that validation and test predict", above=0, high=0.9)
+    second_text_column: str | None = setting(None, "column that holds the second text of a pair")
+    target: str = setting("classes", "a text's label is one of some classes, or a number", choices=("classes", "number"))
+    metrics: list[str] = setting(
+        [], "metrics of validation and test, whose mean is the score: accuracy, f1, matthews; of numbers: pearson, spearman"
+    )
+    tokens: str = setting("wordpiece", "what a text to classify is cut into", choices=("wordpiece", "bytes"))
+    pad_multiple: int = setting(8, "batches of texts are padded to a multiple of so many tokens", low=1)
+    bucket_steps: int = setting(50, "texts are sorted by length among so many steps; 0: not at all", low=0)
+    train_split: str | None = setting(None, "the source's name of its training split; default: train, training")
+    validation_split: str | None = setting(None, "the source's name of its validation split; default: validation, valid, val, dev")
+    test_split: str | None = setting(None, "the source's name of its test split; default: test, testing")
+    glue_task: str | None = setting(
+        None,
+        "the task whose files in GLUE's own layout may be the source",
+        choices=("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"),
+    )
 
 
 @dataclass
@@ -154,7 +170,9 @@ class CheckpointSchema:
         None, "save a resumable checkpoint every n optimizer steps, beside those after each validation", low=1
     )
     monitor: str = setting(
-        "val/accuracy", "metric that chooses the best checkpoint; among equal accuracies the loss", choices=("val/accuracy", "val/loss")
+        "val/accuracy",
+        "metric that chooses the best checkpoint; among equal accuracies or scores (the mean of data.metrics) the loss",
+        choices=("val/accuracy", "val/loss", "val/score"),
     )
 
 
@@ -226,7 +244,9 @@ class RunSchema:
     root: str = setting("runs", "folder that holds the run folders")
     folder: str | None = setting(None, "the run's own folder; default: root/group/name/seed")
     resume: str = setting("auto", "auto: go on where the folder's run stopped; never: start anew; or a checkpoint to go on from")
-    init_from: str | None = setting(None, "checkpoint, or model.safetensors of a model folder, to take weights from, and nothing else")
+    init_from: str | None = setting(
+        None, "run folder, checkpoint, model folder or its model.safetensors, to take weights from, and nothing else"
+    )
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
     compile: bool = setting(False, "compile the model's blocks with torch.compile, for training, validation and test")
     sequence_parallel_size: int = setting(

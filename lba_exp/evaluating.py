@@ -22,6 +22,7 @@ from lba_exp.results.compare import evaluate_forms
 from lba_exp.results.folder import read_config, read_record
 from lba_exp.results.naming import ONLY
 from lba_exp.running import threads
+from lba_exp.tasks.metrics import CLASS_METRICS, NUMBER_METRICS, split_metrics
 
 SPLITS = ("train", "validation", "test")
 CHANGEABLE = ("data", "model.mixer.form", "model.mixer.chunk_size", "threads", "plugins")
@@ -81,8 +82,8 @@ def evaluate(
         quiet: print nothing.
     Returns:
         ``{"run", "status", "step", "split", "data", "reference", "forms": {form: figures}}`` with the run's status ("unfinished" where it
-        has no record), the step of the checkpoint, and the figures accuracy, agreement, different, near_ties, rel, max_abs and count; a
-        model without forms has one entry, ``"-"``.
+        has no record), the step of the checkpoint, and the figures accuracy, agreement, different, near_ties, rel, max_abs, count and the
+        other metrics of the data (f1, matthews, pearson, spearman); a model without forms has one entry, ``"-"``.
     Raises:
         UserError: a wrong folder, key, split, form, data set or checkpoint.
     """
@@ -106,7 +107,15 @@ def _evaluate(folder: Path, cfg: DictConfig, split: str, form: str | None, conso
     if model.form == "fused" and "fused" not in model.forms:
         raise ConfigError(f"model.mixer.form=fused of {folder} does not run on {device}: give model.mixer.form=chunkwise.")
     batches = data.split_loader(split)
-    figures = evaluate_forms(model, batches, (form,) if form else None, device=device, tolerance=cfg.parity.tolerance)
+    names = tuple(name for name in data.spec.metrics if name != "accuracy")
+    figures = evaluate_forms(
+        model,
+        batches,
+        (form,) if form else None,
+        device=device,
+        tolerance=cfg.parity.tolerance,
+        judges=lambda: {name: split_metrics(data.spec.metrics, data.spec.classes)[name] for name in names},
+    )
     reference = model.form if model.forms else ONLY
     status, step = (read_record(folder) or {"status": "unfinished"})["status"], checkpoint["global_step"]
     result = {"run": str(folder), "status": status, "step": step, "split": split, "data": cfg.data.source}
@@ -117,12 +126,14 @@ def _evaluate(folder: Path, cfg: DictConfig, split: str, form: str | None, conso
 
 def _show(result: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{result['run']}: {result['split']} split of {result['data']}")
-    for column in ("form", "samples", "accuracy", "other predictions", "near ties", "relative error"):
+    metrics = [name for name in (*CLASS_METRICS, *NUMBER_METRICS) if any(f.get(name) is not None for f in result["forms"].values())]
+    for column in ("form", "samples", *metrics, "other predictions", "near ties", "relative error"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for form, f in result["forms"].items():
         label = f"{form} (reference)" if form == result["reference"] and len(result["forms"]) > 1 else form
         distance = [str(f.get("different", "")), str(f.get("near_ties", "")), f"{f['rel']:.1e}" if "rel" in f else ""]
-        table.add_row(label, str(f["count"]), f"{100 * f['accuracy']:.2f} %", *distance)
+        judged = [f"{100 * f[name]:.2f} %" if name == "accuracy" else f"{f[name]:.4f}" for name in metrics]
+        table.add_row(label, str(f["count"]), *judged, *distance)
     console.print(table)
     if result["status"] != "finished":
         console.print(f"This run is {result['status']}: the weights are its best so far, of step {result['step']:,}.", highlight=False)

@@ -26,7 +26,6 @@ from lba_exp import build, faults, tracking
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint, newest_readable
 from lba_exp.checks import check
 from lba_exp.config import trainer_schema
-from lba_exp.convert.files import read_weights
 from lba_exp.devices.processes import end_the_others, let_the_first_finish, started_from_outside
 from lba_exp.devices.sharding import load_weights
 from lba_exp.devices.signals import Requests
@@ -39,6 +38,7 @@ from lba_exp.results.log_file import log_file
 from lba_exp.results.metrics_log import MetricsLog
 from lba_exp.results.screen import end_table, start_panel
 from lba_exp.results.secrets import redacted
+from lba_exp.starting import check_weights, initialise
 
 logger = logging.getLogger("lba_exp")
 THREADS = "OMP_NUM_THREADS"
@@ -123,8 +123,9 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     data = build.data_module(cfg)
     task = build.task(cfg, data.spec)
     start = _starting_point(cfg, folder, task, console)
+    notes = list(getattr(data, "notes", ()))
     if cfg.init_from is not None and start is None:
-        _load_weights(task.model, Path(cfg.init_from).expanduser())
+        notes += initialise(task.model, Path(cfg.init_from).expanduser(), data)
     requests = Requests()
     parts = build.Parts(cfg, folder, requests, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
@@ -141,6 +142,9 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
             if rank_zero_only.rank == 0:
                 _begin(cfg, folder)
             start_panel(_telling(cfg), record["parameters"], console)
+            for note in notes:
+                logger.info("%s", note)
+                console.print(note, highlight=False, soft_wrap=True)
             _fit_and_test(cfg, folder, task, data, trainer, logs, start, parts, record)
             code = 0
         except BaseException as error:
@@ -227,7 +231,7 @@ def _starting_point(cfg: DictConfig, folder: Path, task: torch.nn.Module, consol
     if cfg.resume != "auto":
         if (folder / "config.yaml").is_file():
             folders.check_same(cfg, folder)
-        _check_weights(task.state_dict(), load_checkpoint(Path(cfg.resume))["state_dict"], f"resume={cfg.resume}")
+        check_weights(task.state_dict(), load_checkpoint(Path(cfg.resume))["state_dict"], f"resume={cfg.resume}")
         return Path(cfg.resume)
     if not (folder / "config.yaml").is_file():
         return None
@@ -240,21 +244,6 @@ def _starting_point(cfg: DictConfig, folder: Path, task: torch.nn.Module, consol
     elif complaints:
         console.print("There is none before it: the run starts anew.", highlight=False)
     return start
-
-
-def _load_weights(model: torch.nn.Module, path: Path) -> None:
-    if path.suffix == ".safetensors":  # of a model folder
-        state = read_weights(path)
-    else:
-        state = {k.removeprefix("model."): v for k, v in load_checkpoint(path)["state_dict"].items() if k.startswith("model.")}
-    _check_weights(model.state_dict(), state, f"init_from={path}")
-    model.load_state_dict(state)
-
-
-def _check_weights(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], source: str) -> None:
-    wrong = sorted({*theirs} ^ {*own}) or [k for k in own if own[k].shape != theirs[k].shape]
-    if wrong:
-        raise ConfigError(f"{source} holds another model: {wrong[0]} is missing there or here, or has another shape.")
 
 
 def _begin(cfg: DictConfig, folder: Path) -> None:

@@ -160,7 +160,7 @@ def test_every_entry_composes():
 
     def needs(name):
         source = ["data.source=digits"] if name.startswith(("fashion", "text")) else []
-        return source + ([f"data.vocabulary={__file__}"] if name.startswith("text") else [])
+        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "glue")) else [])
 
     for experiment in composing.options("experiments"):
         assert composing.compose([f"experiments={experiment}", *needs(experiment)]).origin.experiment == experiment

@@ -77,6 +77,8 @@ class Efficiency(pl.Callback):
             return
         with trainer.precision_plugin.forward_context():
             self._flops = training_flops(getattr(model, "_orig_mod", model), batch)
+        if "padding_mask" in batch:  # lengths differ from batch to batch
+            self._flops = self._flops[0], f"{self._flops[1]}, at the length of the first batch"
         sequences = len(batch["inputs"])
         self._shape = sequences, int(count_tokens(model, {"inputs": batch["inputs"]})) // sequences
         device = trainer.strategy.root_device

@@ -74,9 +74,9 @@ class Recorder(pl.Callback):
         epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         steps = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         shown = [f"epoch {trainer.current_epoch + 1}{epochs}", f"step {trainer.global_step}{steps}"]
-        for key, label in (("train/loss", "train loss"), ("val/loss", "val loss"), ("val/accuracy", "val accuracy")):
+        for key in ("train/loss", "val/loss", "val/accuracy", "val/score"):
             if key in metrics:
-                shown.append(f"{label} {metrics[key]:.4f}")
+                shown.append(f"{key.replace('/', ' ')} {metrics[key]:.4f}")
         errors = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("parity/") and k.endswith("/rel")}
         if errors:
             worst = max(errors, key=errors.get)

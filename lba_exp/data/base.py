@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lba_exp.data.buckets import Buckets
 from lba_exp.data.labels import SPLITS
 from lba_exp.data.loader import ResumableLoader
 from lba_exp.data.spec import DataSpec
@@ -52,7 +53,9 @@ class SplitData(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, in an order of their own every epoch (in one order under Lightning's ``overfit_batches``)."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0
-        return self._loader(self._training_samples(), self.batch_size, shuffle=not overfit, equal_shards=True)
+        pieces = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        buckets = None if overfit else self._buckets("train", self.batch_size * pieces)
+        return self._loader(self._training_samples(), self.batch_size, shuffle=not overfit, equal_shards=True, buckets=buckets)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.split_loader("validation")
@@ -61,11 +64,16 @@ class SplitData(pl.LightningDataModule):
         return self.split_loader("test")
 
     def split_loader(self, split: str) -> ResumableLoader:
-        """Batches for evaluation of "train", "validation" or "test": in order, not augmented, each sample once; raises DataError."""
-        return self._loader(self._split(split), self.eval_batch_size, shuffle=False, equal_shards=False)
+        """Batches for evaluation of "train", "validation" or "test": in one order, not augmented, each sample once; raises DataError."""
+        buckets = self._buckets(split, self.eval_batch_size)
+        return self._loader(self._split(split), self.eval_batch_size, shuffle=False, equal_shards=False, buckets=buckets)
 
     def shown(self, inputs: Any) -> list | None:
         """What a person sees in a batch's inputs: for each a uint8 picture (height, width[, 3]) or its tokens; None: nothing to show."""
+        return None
+
+    def _buckets(self, split: str, samples: int) -> Buckets | None:
+        """How batches are sorted by length, where a device takes so many samples a step; None: not at all."""
         return None
 
     def _training_samples(self) -> Sequence:
@@ -77,7 +85,9 @@ class SplitData(pl.LightningDataModule):
             raise DataError(unknown(split, SPLITS, f"a split of {self.spec.name}"))
         return self._splits[split]
 
-    def _loader(self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool) -> ResumableLoader:
+    def _loader(
+        self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool, buckets: Buckets | None = None
+    ) -> ResumableLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         shared = self.sequence_parallel_size
         return ResumableLoader(
@@ -90,4 +100,5 @@ class SplitData(pl.LightningDataModule):
             world_size=ranks // shared,
             equal_shards=equal_shards,
             collate=self._collate,
+            buckets=buckets,
         )

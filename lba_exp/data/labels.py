@@ -41,6 +41,27 @@ def read_labels(splits: Mapping[str, Any], column: str, where: str) -> tuple[dic
     return labels, names
 
 
+def read_numbers(splits: Mapping[str, Any], column: str, where: str) -> dict[str, np.ndarray]:
+    """Labels of each split as float32 (n,); arguments as of ``read_labels``.
+
+    Raises:
+        DataError: no such column; labels missing, not finite, or of another type than integers and floats.
+    """
+    labels = {}
+    for split, dataset in splits.items():
+        here = f"{where}, {split} split"
+        check_column(dataset, column, "label_column", here)
+        found = dataset.select_columns(column).with_format(None)[:][column]
+        kind = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)  # noqa: E731
+        if wrong := [row for row, value in enumerate(found) if not kind(value)]:
+            raise DataError(
+                f"{here}: {len(wrong)} of {len(found)} samples have no number in column {column!r} "
+                f"(the first is number {wrong[0]}: {found[wrong[0]]!r})."
+            )
+        labels[split] = np.asarray(found, dtype=np.float32)
+    return labels
+
+
 def _values(dataset: Any, column: str, where: str) -> np.ndarray:
     import datasets
 
@@ -49,7 +70,7 @@ def _values(dataset: Any, column: str, where: str) -> np.ndarray:
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         raise DataError(f"{where}: the label column {column!r} holds {type(feature).__name__}, not class labels, integers or strings.")
     found = dataset.select_columns(column).with_format(None)[:][column]
-    missing = [row for row, value in enumerate(found) if value is None]
+    missing = [row for row, value in enumerate(found) if value is None or value == ""]
     if missing:
         raise DataError(f"{where}: {len(missing)} of {len(found)} samples have no {column!r} (the first is number {missing[0]}).")
     values = np.asarray(found)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from lba_exp.data.buckets import Buckets
 from lba_exp.errors import DataError
 
 GRACE = 300  # seconds that a worker has left after SIGTERM
@@ -34,22 +35,33 @@ class EpochOrder:
         equal_shards: True: every rank gets equally many batches (training). The last one may differ in size by one sample from rank to
             rank; a rank that would get none is given the epoch's first sample once more, and its ``weight`` is 0.
             False: every sample falls to exactly one rank (evaluation), the numbers of batches equal where they can be.
+        buckets: what sorts the order by length, the same every epoch where it is not shuffled; None: nothing.
     """
 
     def __init__(
-        self, samples: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool, rank: int, world_size: int, equal_shards: bool
+        self,
+        samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
+        equal_shards: bool,
+        buckets: Buckets | None = None,
     ):
         self.samples, self.batch_size, self.seed, self.shuffle, self.drop_last = samples, batch_size, seed, shuffle, drop_last
-        self.rank, self.world_size, self.equal_shards = rank, world_size, equal_shards
+        self.rank, self.world_size, self.equal_shards, self.buckets = rank, world_size, equal_shards, buckets
 
     def __len__(self) -> int:
         return len(self._batches(np.arange(self.samples)))
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Sample indices, int64 (<= batch_size,), of each batch of this rank in ``epoch``."""
-        if self.shuffle:
-            return self._batches(np.random.default_rng([self.seed, epoch]).permutation(self.samples))
-        return self._batches(np.arange(self.samples))
+        rng = np.random.default_rng([self.seed, epoch] if self.shuffle else 0)
+        order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
+        return self._batches(order if self.buckets is None else self.buckets.sort(order, rng))
 
     @property
     def global_batch(self) -> int:
@@ -78,7 +90,7 @@ class EpochOrder:
     def facts(self) -> dict[str, int | bool]:
         """All that gives a position its meaning: a checkpoint made with other values cannot be continued."""
         names = ("samples", "global_batch", "seed", "shuffle", "drop_last", "equal_shards")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | (self.buckets.facts() if self.buckets is not None else {})
 
     def _batches(self, order: np.ndarray) -> list[np.ndarray]:
         ranks, size = self.world_size, self.batch_size
@@ -120,6 +132,7 @@ class ResumableLoader:
         equal_shards: every rank gets equally many batches (training; see ``EpochOrder.weight``); False: each sample exactly once over all
             ranks (evaluation). None: as ``shuffle or drop_last``.
         collate: list of samples -> batch.
+        buckets: see ``EpochOrder``.
 
     Raises:
         DataError: no batch can be made (an empty data set, or fewer samples than one full batch with drop_last).
@@ -138,6 +151,7 @@ class ResumableLoader:
         world_size: int = 1,
         equal_shards: bool | None = None,
         collate: Callable[[list], Any] = default_collate,
+        buckets: Buckets | None = None,
     ):
         equal_shards = (shuffle or drop_last) if equal_shards is None else equal_shards
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
@@ -150,6 +164,7 @@ class ResumableLoader:
             rank=rank,
             world_size=world_size,
             equal_shards=equal_shards,
+            buckets=buckets,
         )
         self._length = len(self.order)
         if not self._length and (equal_shards or not len(dataset)):

@@ -23,18 +23,37 @@ def read_splits(source: Source) -> dict[str, Any]:
     Raises:
         DataError: nothing readable in the folder, no answer from the hub, no such data set, no training split, an empty split.
     """
+    return pick_splits(read_all(source), source.name, {})
+
+
+def read_all(source: Source) -> Mapping[str, Any]:
+    """All that a source has, by its own names of the splits; raises DataError."""
     if source.kind == "embedded":
-        found: Mapping[str, Any] = {"train": digits()}
-    elif source.kind == "folder":
-        found = _read_folder(source.path)
-    else:
-        found = _read_hub(source)
+        return {"train": digits()}
+    return _read_folder(source.path) if source.kind == "folder" else _read_hub(source)
+
+
+def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | None]) -> dict[str, Any]:
+    """train, validation and test of what a source called ``name`` has.
+
+    Args:
+        named: split -> the source's own name of it; None, or none given: the usual names.
+
+    Raises:
+        DataError: no split of that name, no training split, an empty split.
+    """
     splits = {split: found[alias] for split, aliases in ALIASES.items() for alias in reversed(aliases) if alias in found}
+    for split, own in named.items():
+        if own is None:
+            continue
+        if own not in found:
+            raise DataError(unknown(own, found, f"a split of {name} (data.{split}_split)"))
+        splits[split] = found[own]
     if "train" not in splits:
-        raise DataError(f"{source.name} has no split named train: it has {', '.join(map(str, found)) or 'none'}.")
+        raise DataError(f"{name} has no split named train: it has {', '.join(map(str, found)) or 'none'}.")
     for split, dataset in splits.items():
         if not len(dataset):
-            raise DataError(f"the {split} split of {source.name} is empty: every split needs samples.")
+            raise DataError(f"the {split} split of {name} is empty: every split needs samples.")
     return splits
 
 

@@ -50,6 +50,16 @@ def resolve_source(source: str) -> Source:
     return Source("hub", repository.split("/")[-1], repository=repository, config=config or None)
 
 
+def vocabulary_file(vocabulary: str | None) -> Path:
+    """The file of a WordPiece vocabulary: the file named, or vocab.txt in the folder named; raises DataError where there is none."""
+    path = Path(vocabulary).expanduser() if vocabulary else None
+    if path is not None and path.is_dir():
+        path = path / "vocab.txt"
+    if path is None or not path.is_file():
+        raise DataError(f"data.vocabulary={path} is no file: give a WordPiece vocabulary, one token a line, or a folder with vocab.txt.")
+    return path
+
+
 def check_source(source: str) -> None:
     """Raises DataError for what can be seen without reading data: a folder that does not exist, a word that names nothing."""
     resolve_source(source)

@@ -12,13 +12,14 @@ class DataSpec:
     Attributes:
         name: what the data set is called in tables.
         length: steps of a sequence (the longest, where lengths differ).
-        classes: number of labels.
+        classes: number of labels; 1: the labels are numbers.
         class_names: the labels in words, in the order of their numbers.
         channels: values of one step for continuous inputs; None for tokens.
         vocabulary: number of tokens; None for continuous inputs.
         sizes: samples of each split.
         fingerprint: short hash of the splits' content, equal for equal data.
         grid: (height, width) in pixels where a sample is an image; None elsewhere.
+        metrics: what validation and test are judged by, see ``lba_exp.tasks.metrics``; their mean is the score.
     """
 
     name: str
@@ -30,3 +31,4 @@ class DataSpec:
     sizes: dict[str, int]
     fingerprint: str
     grid: tuple[int, int] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from lba_exp.data.base import SplitData
 from lba_exp.data.labels import SPLITS
 from lba_exp.data.reading import check_column, read_splits
-from lba_exp.data.sources import resolve_source
+from lba_exp.data.sources import resolve_source, vocabulary_file
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
@@ -162,8 +161,7 @@ class TextBlocks(SplitData):
         return stream[: len(stream) // size * size].reshape(-1, size)
 
     def _vocabulary_hash(self) -> str:
-        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(repr((self.lowercase, vocabulary)).encode()).hexdigest()[:16]
+        return vocabulary_hash(self.tokenizer, self.lowercase)
 
 
 class MaskedBlocks:
@@ -239,14 +237,12 @@ def stack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tenso
 
 
 def wordpiece(vocabulary: str | None, lowercase: bool) -> Any:
-    """The tokenizer of a vocabulary file; DataError where there is none, or one without the tokens that are needed."""
+    """The tokenizer of a vocabulary, a file or its folder; DataError where there is none, or one without the tokens that are needed."""
     from tokenizers import BertWordPieceTokenizer
 
     if vocabulary is None:
-        raise DataError("data.vocabulary is not given: name the file of a WordPiece vocabulary, one token a line.")
-    path = Path(vocabulary).expanduser()
-    if not path.is_file():
-        raise DataError(f"data.vocabulary={vocabulary} is no file: give a WordPiece vocabulary, one token a line.")
+        raise DataError("data.vocabulary is not given: name the file of a WordPiece vocabulary, one token a line, or its folder.")
+    path = vocabulary_file(vocabulary)
     try:
         tokenizer = BertWordPieceTokenizer(str(path), lowercase=lowercase)
     except Exception as error:  # the library raises bare exceptions
@@ -256,7 +252,13 @@ def wordpiece(vocabulary: str | None, lowercase: bool) -> Any:
     return tokenizer
 
 
-def cut(texts: Mapping[str, list], fractions: Mapping[str, float], seed: int) -> dict[str, tuple[str, np.ndarray]]:
+def vocabulary_hash(tokenizer: Any, lowercase: bool) -> str:
+    """Short hash of a tokenizer, equal for equal vocabularies."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr((lowercase, vocabulary)).encode()).hexdigest()[:16]
+
+
+def cut(texts: Mapping[str, Sequence], fractions: Mapping[str, float], seed: int) -> dict[str, tuple[str, np.ndarray]]:
     """Where the rows of train, validation and test are: split -> (split of the source, row numbers there).
 
     A split that the source lacks is cut from its training split: that fraction of all the rows there, drawn by ``seed``; test first.

@@ -155,11 +155,16 @@ class MaskedLM(TextModel):
 class TextClassifier(TextModel):
     """One class for a text, from its first token ([CLS]): encoder -> dense, tanh -> dropout -> classes (BERT's recipe for GLUE).
 
+    Attributes:
+        own_parts: modules that start anew where the weights to start from have none, or none that fit.
+
     Args:
-        classes: number of classes.
+        classes: number of classes; 1: the output is a number.
         dropout: before the classes too.
         others: as of ``TextEncoder``.
     """
+
+    own_parts = ("pooler", "head")
 
     def __init__(self, *, classes: int, width: int, dropout: float = 0.1, **options):
         super().__init__()

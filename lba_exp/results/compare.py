@@ -75,7 +75,7 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
     either form are not finite, the prediction counts as different.
 
     Args:
-        reference, logits: (..., classes), any float dtype.
+        reference, logits: (..., classes), any float dtype; of one class, a number is predicted, which has no accuracy.
         labels: (...) integers; those equal to -100 are left out, with their logits. None: no accuracy.
 
     Raises:
@@ -88,6 +88,7 @@ def compare(reference: Tensor, logits: Tensor, labels: Tensor | None = None, *, 
         labels = labels.detach().flatten()
         kept = labels != IGNORED_LABEL
         reference, logits, labels = reference[kept], logits[kept], labels[kept].cpu()
+        labels = None if logits.shape[-1] == 1 else labels  # a number is predicted: there is no accuracy
     reference, logits = reference.cpu().double(), logits.cpu().double()
     if not reference.numel():
         return Totals()
@@ -159,6 +160,7 @@ def evaluate_forms(
     device: torch.device | str | None = None,
     context: Callable[[], AbstractContextManager] = nullcontext,
     tolerance: float = 1e-4,
+    judges: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     """Run every form over the same batches and compare each with the reference form.
 
@@ -170,9 +172,11 @@ def evaluate_forms(
         device: where to move batches; default: the device of the model's weights.
         context: makes the precision's context, for example ``lambda: torch.autocast("cuda", torch.bfloat16)``. Default: as the weights are.
         tolerance: decides which samples are near ties, see ``compare``.
+        judges: makes further metrics for a form, name -> metric with ``update(logits, labels)`` and ``compute()``.
 
     Returns:
-        form -> ``accuracy``, ``agreement``, ``different``, ``near_ties``, ``rel``, ``max_abs``, ``count``; the reference form first. A
+        form -> ``accuracy``, ``agreement``, ``different``, ``near_ties``, ``rel``, ``max_abs``, ``count``, and what ``judges`` say; the
+        reference form first. A
         model without forms has the one entry ``"-"``.
 
     Raises:
@@ -187,6 +191,7 @@ def evaluate_forms(
             raise ValueError(f"forms: the model has no form {form!r}, it has {', '.join(model.forms)}.")
     device = device or next(model.parameters()).device
     totals = {form: Totals() for form in dict.fromkeys((reference, *forms))}
+    judged = {form: judges() if judges is not None else {} for form in totals}
     with undisturbed(model):
         for batch in batches:
             batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -194,7 +199,10 @@ def evaluate_forms(
                 logits = {form: run_form(model, None if form == ONLY else form, batch) for form in totals}
             for form in totals:
                 totals[form] += compare(logits[reference], logits[form], batch.get("labels"), tolerance=tolerance)
-    return {form: total.figures() for form, total in totals.items()}
+                for metric in judged[form].values():
+                    metric.update(logits[form].cpu(), batch["labels"].cpu())
+    further = {form: {name: float(metric.compute()) for name, metric in judged[form].items()} for form in totals}
+    return {form: total.figures() | further[form] for form, total in totals.items()}
 
 
 def _max(a: float, b: float) -> float:

@@ -135,8 +135,9 @@ def _facts(record: Mapping[str, Any], parity: Mapping[str, Any]) -> Table:
         return None if value is None else form.format(value)
 
     fact("variant", record.get("variant"), part(record.get("seed"), "seed {}"))
-    fact("test", part(percent(test.get("accuracy")) or None, "accuracy {}"), part(test.get("loss"), "loss {:.4f}"))
-    fact("validation", part(percent(validation.get("accuracy")) or None, "accuracy {}"), part(validation.get("loss"), "loss {:.4f}"))
+    for split, values in (("test", test), ("validation", validation)):
+        others = [f"{name} {value:.4f}" for name, value in values.items() if name not in ("accuracy", "loss")]
+        fact(split, part(percent(values.get("accuracy")) or None, "accuracy {}"), *others, part(values.get("loss"), "loss {:.4f}"))
     final = str(best.get("monitor", "")).startswith("none")
     fact(
         "final weights" if final else "best weights",

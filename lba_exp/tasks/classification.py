@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.blocks import CompiledBlocks, MixerStack
@@ -20,6 +19,7 @@ from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import SequenceSplit, StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
+from lba_exp.tasks.metrics import score, split_metrics
 
 TRAIN_MEANS = "train_means"  # key of a checkpoint
 
@@ -60,16 +60,26 @@ class Classification(pl.LightningModule):
 
     Args:
         model: the classifier.
-        classes: number of classes.
+        classes: number of classes; 1: labels are numbers, (B,) of a floating dtype, and the loss is the mean squared error.
         optim: the settings of ``OptimSchema`` as a plain dict.
         seed: the run's seed; dropout in batch i of epoch e is a function of (seed, e, i, rank).
         hyper_parameters: the resolved configuration as a plain dict, kept in the checkpoint.
+        metrics: of validation and test, see ``split_metrics``.
+        monitor: "val/score" where the mean of these metrics, logged as the score, is what chooses the best checkpoint; else the accuracy.
     """
 
     targets_vary = False
 
     def __init__(
-        self, model: nn.Module, *, classes: int, optim: dict[str, Any], seed: int = 0, hyper_parameters: dict[str, Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        classes: int,
+        optim: dict[str, Any],
+        seed: int = 0,
+        hyper_parameters: dict[str, Any] | None = None,
+        metrics: Sequence[str] = ("accuracy",),
+        monitor: str = "val/accuracy",
     ):
         super().__init__()
         self.model = model
@@ -80,9 +90,10 @@ class Classification(pl.LightningModule):
         if hyper_parameters:
             self.save_hyperparameters(hyper_parameters, logger=False)
         # in training unchecked: a look at the labels would wait for the device in every step
-        self.train_loss, self.train_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro", validate_args=False)
-        self.val_loss, self.val_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
-        self.test_loss, self.test_accuracy = SampleMean(), MulticlassAccuracy(classes, average="micro")
+        self.train_loss, self.train_metrics = SampleMean(), split_metrics((), classes, checked=False)
+        self.val_loss, self.val_metrics = SampleMean(), split_metrics(metrics, classes)
+        self.test_loss, self.test_metrics = SampleMean(), split_metrics(metrics, classes)
+        self.scored = tuple(metrics) if monitor == "val/score" else ()
         self._targets = StepTargets()
         self._split = SequenceSplit()
         self._trained = False  # whether the training means hold anything; the same on every device
@@ -126,7 +137,8 @@ class Classification(pl.LightningModule):
         weight, self._trained = batch_weight(self.trainer, batch_idx), True
         if weight and self._counted(labels):
             self.train_loss.update(loss.detach(), len(logits))
-            self.train_accuracy.update(logits.detach(), labels)
+            for metric in self.train_metrics.values():
+                metric.update(logits.detach(), labels)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self.targets_vary:
             weight = self._targets.weight(self.trainer, batch_idx, len(labels) if weight else 0, loss.device)
@@ -155,7 +167,7 @@ class Classification(pl.LightningModule):
         return values
 
     def _train_means(self) -> dict[str, Metric]:
-        return {"loss": self.train_loss, "accuracy": self.train_accuracy}
+        return {"loss": self.train_loss, **self.train_metrics}
 
     def configure_model(self) -> None:
         compiled = self._whole is not None or self._blocks is not nullcontext
@@ -176,9 +188,18 @@ class Classification(pl.LightningModule):
         self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        # The best checkpoint is the one of highest accuracy, among equals the one of lowest loss: small splits have many equals.
-        score = float(self.val_accuracy.compute()) - 1e-6 * min(float(self.val_loss.compute()), 1e3)
-        self.log("val/selection", score, logger=False, sync_dist=True)
+        # The best checkpoint is the one of highest accuracy or score, among equals the one of lowest loss: small splits have many equals.
+        value = self._log_score("val") if self.scored else self.val_metrics["accuracy"].compute() if "accuracy" in self.val_metrics else 0.0
+        self.log("val/selection", float(value) - 1e-6 * min(float(self.val_loss.compute()), 1e3), logger=False, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        if self.scored:
+            self._log_score("test")
+
+    def _log_score(self, split: str) -> Tensor:
+        value = score(getattr(self, f"{split}_metrics"), self.scored)
+        self.log(f"{split}/score", value, logger=False, sync_dist=True)
+        return value
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Logits (n, classes) and labels (n,) of the batch, for callbacks."""
@@ -186,13 +207,15 @@ class Classification(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         logits, labels = self.logits_and_labels(batch)
-        loss, accuracy = getattr(self, f"{split}_loss"), getattr(self, f"{split}_accuracy")
+        loss, metrics = getattr(self, f"{split}_loss"), getattr(self, f"{split}_metrics")
         if self._counted(labels):
             loss.update(mean_loss(logits, labels), len(logits))
-            accuracy.update(logits, labels)
+            for metric in metrics.values():
+                metric.update(logits, labels)
         # logger=False: the recorder callback writes every row, so that a step has one row
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, logger=False)
-        self.log(f"{split}/accuracy", accuracy, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
+        for name, metric in metrics.items():
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, logger=False, prog_bar=split == "val")
         return {"logits": logits, "labels": labels}
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -207,9 +230,11 @@ class Classification(pl.LightningModule):
 
 
 def mean_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean cross entropy in float32, (n, classes) and (n,) -> (); 0 where n is 0."""
+    """The mean cross entropy in float32, (n, classes) and (n,) -> (); 0 where n is 0. For one class, the mean squared error."""
     if not len(labels):
         return logits.float().sum()
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits.squeeze(-1).float(), labels.float())
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lba_exp import running
+from lba_exp import starting
 from lba_exp.commands import convert as command
 from lba_exp.convert import (
     create,
@@ -172,10 +172,10 @@ def test_a_run_may_start_from_the_weights_of_a_model_folder(finished, tmp_path):
     lba_convert(finished[0], tmp_path / "x")
     model = SequenceClassifier.from_pretrained(tmp_path / "x")
     other = create(model.config)
-    running._load_weights(other, tmp_path / "x" / "model.safetensors")
+    starting.initialise(other, tmp_path / "x" / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(ConfigError, match=r"init_from=.*model.safetensors holds another model"):
-        running._load_weights(create(model.config | {"depth": 2}), tmp_path / "x" / "model.safetensors")
+        starting.initialise(create(model.config | {"depth": 2}), tmp_path / "x" / "model.safetensors")
 
 
 def test_a_setting_that_the_published_names_cannot_tell_is_refused():

@@ -1,0 +1,126 @@
+"""Texts, and pairs of texts, as numbered tokens with a limit: WordPiece or bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lba_exp.data.text import vocabulary_hash, wordpiece
+
+KINDS = ("wordpiece", "bytes")
+_BATCH = 1_000  # texts that are tokenised at a time
+_CLS, _SEP = 256, 257  # behind the bytes
+
+
+@dataclass
+class Tokens:
+    """Tokens of n samples, one after the other: each is [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+
+    Attributes:
+        flat: (sum of lengths,), int32 or uint16.
+        starts: (n + 1,) int64, where each sample begins and the last one ends.
+        second: (n,) int32, tokens of a sample before its second text; all of them where there is none.
+        cut: samples that were longer than the limit.
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    second: np.ndarray
+    cut: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """Samples by their numbers; ``cut`` is then not known, and 0."""
+        parts = [self.flat[self.starts[row] : self.starts[row + 1]] for row in rows]
+        return _joined(parts, self.second[rows], 0, self.flat.dtype)
+
+
+class WordPieces:
+    """BERT's tokens (arXiv 1810.04805): of two texts that are too long together, the longer one is cut first.
+
+    Args:
+        vocabulary: file, or a folder with vocab.txt, see ``lba_exp.data.text.wordpiece``.
+        lowercase: put texts into lower case and take accents away.
+        max_length: tokens of a sample at most, [CLS] and [SEP] among them.
+
+    Attributes:
+        size: number of tokens.
+        identity: short hash, equal for equal vocabularies.
+    """
+
+    def __init__(self, vocabulary: str | None, lowercase: bool, max_length: int):
+        self.tokenizer = wordpiece(vocabulary, lowercase)
+        self.size, self.identity = self.tokenizer.get_vocab_size(), vocabulary_hash(self.tokenizer, lowercase)
+        self.tokenizer.enable_truncation(max_length, strategy="longest_first")
+
+    def encode(self, first: list[str], second: list[str] | None) -> Tokens:
+        parts, before, cut = [], [], 0
+        for start in range(0, len(first), _BATCH):
+            texts: Any = first[start : start + _BATCH]
+            if second is not None:
+                texts = list(zip(texts, second[start : start + _BATCH], strict=True))
+            for encoding in self.tokenizer.encode_batch(texts):
+                ids = np.array(encoding.ids, np.int32)
+                parts.append(ids)
+                before.append(len(ids) - sum(encoding.type_ids))
+                cut += bool(encoding.overflowing)
+        return _joined(parts, np.array(before, np.int32), cut, np.int32)
+
+    def words(self, ids: list[int]) -> list[str]:
+        return [self.tokenizer.id_to_token(token) for token in ids]
+
+
+class Bytes:
+    """The bytes of a text's UTF-8 (as in Long Range Arena's text task, arXiv 2011.04006), 256 for [CLS] and 257 for [SEP].
+
+    Args:
+        max_length: as of ``WordPieces``.
+    """
+
+    size, identity = 258, hashlib.sha256(b"bytes").hexdigest()[:16]
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+
+    def encode(self, first: list[str], second: list[str] | None) -> Tokens:
+        parts, before, cut = [], [], 0
+        for row, text in enumerate(first):
+            texts = [np.frombuffer(text.encode(), np.uint8)]
+            if second is not None:
+                texts.append(np.frombuffer(second[row].encode(), np.uint8))
+            room = self.max_length - 1 - len(texts)
+            lengths = _longest_first([len(text) for text in texts], room)
+            cut += sum(lengths) < sum(len(text) for text in texts)
+            part = np.full(1 + sum(lengths) + len(texts), _SEP, np.uint16)
+            part[0], at = _CLS, 1
+            for text, length in zip(texts, lengths, strict=True):
+                part[at : at + length] = text[:length]
+                at += length + 1
+            parts.append(part)
+            before.append(lengths[0] + 2)
+        return _joined(parts, np.array(before, np.int32), cut, np.uint16)
+
+    def words(self, ids: list[int]) -> list[str]:
+        return [{_CLS: "[CLS]", _SEP: "[SEP]"}.get(token) or bytes([token]).decode("latin-1") for token in ids]
+
+
+def _longest_first(lengths: list[int], room: int) -> list[int]:
+    """Lengths that fit, the longer text cut first."""
+    over = sum(lengths) - room
+    if over <= 0:
+        return lengths
+    if len(lengths) == 1:
+        return [room]
+    short = min(lengths[0], lengths[1], room // 2)
+    return [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
+
+
+def _joined(parts: list[np.ndarray], second: np.ndarray, cut: int, dtype: Any) -> Tokens:
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return Tokens(np.concatenate(parts) if parts else np.empty(0, dtype), starts, second, cut)
