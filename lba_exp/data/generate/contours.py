@@ -1,4 +1,4 @@
-"""Where the dashes of a Pathfinder image lie: two long contours and short distractors that keep clear of one another, all images at once."""
+"""Where the dashes of Pathfinder images lie: two long contours and distractors that keep clear of one another, many images at once."""
 
 from __future__ import annotations
 

@@ -16,16 +16,14 @@ from lba_exp.data.generate.contours import PathfinderRule, Scenes, draw_scenes
 VERSION = 1  # to be raised with every change after which a seed gives other samples
 BLOCK = 1_000  # samples of a block
 CLASSES = ("apart", "connected")
+_NAMES = ("size", "dash_length", "thickness", "margins", "continuity", "seed_distance", "distractors", "marker_radius", "contrast")
 RULES = {
-    "pathfinder32": PathfinderRule(
-        size=32, dash_length=2, thickness=0.5, margins=(1,), continuity=1.0, seed_distance=7, distractors=5, marker_radius=1.5, contrast=1.5
-    ),
-    "pathfinder64": PathfinderRule(
-        size=64, dash_length=5, thickness=1, margins=(1,), continuity=1.8, seed_distance=12, distractors=5, marker_radius=2.5, contrast=0.8
-    ),
-    "pathx": PathfinderRule(
-        size=128, dash_length=5, thickness=1.5, margins=(2, 3), continuity=1.8, seed_distance=20, distractors=8, marker_radius=3, contrast=0.9
-    ),
+    name: PathfinderRule(**dict(zip(_NAMES, values, strict=True)))
+    for name, values in {
+        "pathfinder32": (32, 2, 0.5, (1,), 1.0, 7, 5, 1.5, 1.5),
+        "pathfinder64": (64, 5, 1, (1,), 1.8, 12, 5, 2.5, 0.8),
+        "pathx": (128, 5, 1.5, (2, 3), 1.8, 20, 8, 3, 0.9),
+    }.items()
 }
 
 
