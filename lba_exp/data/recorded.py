@@ -122,6 +122,7 @@ def _texts(path: Path, rows: list[tuple[str, int]], names: tuple[str, str]) -> i
 def _table(path: Path, columns: dict[str, list], features: Any = None) -> int:
     import datasets
 
+    datasets.disable_progress_bars()
     table = datasets.Dataset.from_dict(columns, features=features)
     table.to_parquet(path, batch_size=1_000)
     return len(table)

@@ -64,9 +64,6 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.dashes)
 
-    def take(self, rows: np.ndarray | slice) -> Scenes:
-        return Scenes(self.dashes[rows], self.ends[rows], self.margins[rows])
-
 
 def draw_scenes(rule: PathfinderRule, rng: np.random.Generator, count: int) -> Scenes:
     """``count`` scenes drawn from ``rng``."""
