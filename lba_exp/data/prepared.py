@@ -118,7 +118,8 @@ def write_prepared(folder: Path, fill: Callable[[Path], Mapping[str, int]], **ab
         work.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
         os.replace(work, folder)
     except OSError as error:
-        raise DataError(f"{folder} cannot be written ({error.strerror or error}).") from None
+        said = ": ".join(str(part) for part in (error.strerror, error.filename) if part) or type(error).__name__
+        raise DataError(f"{folder} cannot be written ({said}).") from None
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

@@ -51,7 +51,7 @@ def test_tracing_can_tell():
 @pytest.mark.parametrize("name", list(pathfinder.RULES))
 def test_scenes_are_those_of_the_rule(name):
     rule = pathfinder.RULES[name]
-    scenes, markers, _ = pathfinder.samples(rule, np.random.default_rng(3), 20)
+    scenes, _, _ = pathfinder.samples(rule, np.random.default_rng(3), 20)
     dashes = scenes.dashes
     length = np.linalg.norm(dashes[:, :, 1] - dashes[:, :, 0], axis=-1)
     assert np.nanmax(np.abs(length - rule.dash_length)) < 1e-9 and not np.isnan(length[:, :28]).any()
@@ -90,7 +90,7 @@ def test_dashes_keep_clear_of_others():
 @pytest.mark.parametrize("name", list(pathfinder.RULES))
 def test_pictures_show_discs_and_dashes(name):
     rule = pathfinder.RULES[name]
-    scenes, markers, labels = pathfinder.samples(rule, np.random.default_rng(5), 20)
+    scenes, markers, _ = pathfinder.samples(rule, np.random.default_rng(5), 20)
     images = pathfinder.draw(rule, scenes, markers)
     assert images.dtype == np.uint8 and images.shape == (20, rule.size, rule.size)
     rows = np.arange(20)
