@@ -92,4 +92,11 @@ TASKS = Registry(
         "language_modelling": "lba_exp.tasks.language:LanguageModelling",
     },
 )
-DATA = Registry("data", {"pixel_sequences": "lba_exp.data.images:PixelSequences", "text_blocks": "lba_exp.data.text:TextBlocks"})
+DATA = Registry(
+    "data",
+    {
+        "pixel_sequences": "lba_exp.data.images:PixelSequences",
+        "text_blocks": "lba_exp.data.text:TextBlocks",
+        "token_sequences": "lba_exp.data.sequences:TokenSequences",
+    },
+)
