@@ -76,6 +76,8 @@ def _check_fit(cfg: DictConfig) -> None:
             raise ConfigError(f"model.kind={model} does not take data.layout={data.layout}: give data.layout={layout}.")
         if model in ("two_towers", "masked_lm", "text_classifier", "causal_lm"):
             raise ConfigError(f"model.kind={model} does not read images (data.kind={data.kind}): give data=text, or a model of images.")
+    if data.kind == "token_sequences" and model in ("vit", "two_towers", "masked_lm", "causal_lm"):
+        raise ConfigError(f"model.kind={model} does not read single sequences with a class (data={data.name}): give sequence_classifier.")
     if data.kind == "text_blocks":
         objective = {"masked_lm": "masked", "causal_lm": "causal"}.get(model)
         if objective is None and model in registry.MODELS.builtin:

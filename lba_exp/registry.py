@@ -98,5 +98,6 @@ DATA = Registry(
         "pixel_sequences": "lba_exp.data.images:PixelSequences",
         "text_blocks": "lba_exp.data.text:TextBlocks",
         "text_classification": "lba_exp.data.labelled:TextClassification",
+        "token_sequences": "lba_exp.data.sequences:TokenSequences",
     },
 )

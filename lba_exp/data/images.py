@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from lba_exp.data.base import SplitData
+from lba_exp.data.catalogue import check
 from lba_exp.data.labels import SPLITS, cut_splits, read_labels, some
+from lba_exp.data.mapped import holds, read_images
 from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
+from lba_exp.data.prepared import Manifest
 from lba_exp.data.reading import read_splits
 from lba_exp.data.sources import resolve_source
 from lba_exp.data.spec import DataSpec
@@ -27,14 +30,16 @@ class PixelSequences(SplitData):
     have the mean of the training split's pixels taken off and are divided by their standard deviation. Training batches come shuffled
     from a ``ResumableLoader`` (not shuffled under Lightning's ``overfit_batches``); evaluation gives each sample exactly once over all
     devices. Images are decoded once and kept as uint8; beyond 2 GiB they are decoded when asked for, and mean and deviation come from
-    10,000 training images.
+    10,000 training images. Images that ``lba-data`` generated stay in their files, which are mapped into memory.
 
     Args:
         source: "digits" (scikit-learn's 1,797 digits of 8 x 8 pixels, split 70/10/20 %), a local folder (train.parquet and test.parquet,
-            one written by ``save_to_disk``, or images as train/CLASS/*.png), or a hub name, "org/name" or "org/name:config".
+            one written by ``save_to_disk``, images as train/CLASS/*.png, or one of ``lba-data``), or a hub name, "org/name" or
+            "org/name:config".
         name: what the data set is called; None: from ``source``.
         image_column, label_column: where images and labels are; labels are ClassLabel, integers 0..n-1 or strings.
         size: resize to size x size pixels; None: as they are.
+        pixel_mean, pixel_deviation: in place of the training split's own, for pixels in 0..1.
         validation_fraction, test_fraction: share of the source's training split that becomes a split which the source lacks, by label.
         split_seed: of those cuts.
         batch_size, eval_batch_size: sequences a batch on one device, in training and otherwise.
@@ -55,6 +60,8 @@ class PixelSequences(SplitData):
         image_column: str = "image",
         label_column: str = "label",
         size: int | None = None,
+        pixel_mean: float | None = None,
+        pixel_deviation: float | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
@@ -72,13 +79,16 @@ class PixelSequences(SplitData):
             raise DataError(unknown(str(augment), AUGMENTATIONS, "an augmentation (data.augment)"))
         self.source, self.name, self.image_column, self.label_column, self.size = source, name, image_column, label_column, size
         self.validation_fraction, self.test_fraction, self.split_seed = validation_fraction, test_fraction, split_seed
+        self.pixel_mean, self.pixel_deviation = pixel_mean, pixel_deviation
         self.augment, self.layout = augment, layout
         self._raw: dict[str, Any] | None = None
+        self._prepared: Manifest | None = None
 
     def prepare_data(self) -> None:
         """Reads, or downloads, on one process; the others then find it in the cache."""
-        if self._splits is None and self._raw is None:
-            self._raw = read_splits(resolve_source(self.source))
+        source = resolve_source(self.source)
+        if self._splits is None and self._raw is None and not holds(source, "images"):
+            self._raw = read_splits(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks, cuts and decodes all splits, once; raises DataError."""
@@ -86,23 +96,17 @@ class PixelSequences(SplitData):
             return
         source = resolve_source(self.source)
         name = self.name or source.name
-        raw, self._raw = self._raw or read_splits(source), None
-        images = {
-            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split") for split, dataset in raw.items()
-        }
-        labels, class_names = read_labels(raw, self.label_column, source.name)
-        cut = cut_splits(
-            labels, validation_fraction=self.validation_fraction, test_fraction=self.test_fraction, seed=self.split_seed
-        )
-        shape = images["train"].shape
-        for found in images.values():
-            found.shape = shape  # of the training split's first image, so that a split of another size is noticed too
-        fits = sum(len(found) for found in images.values()) * shape[0] * shape[1] <= MEMORY_LIMIT
-        pixels = decode(images, show=self.trainer is None or self.trainer.is_global_zero) if fits else images
+        mapped = holds(source, "images")
+        pixels, labels, class_names, shape = self._mapped(source) if mapped else self._decoded(source)
+        cut = cut_splits(labels, validation_fraction=self.validation_fraction, test_fraction=self.test_fraction, seed=self.split_seed)
         of, rows = cut["train"]
-        if not fits:
+        if sum(len(found) for found in pixels.values()) * shape[0] * shape[1] > MEMORY_LIMIT:
             rows = np.sort(np.random.default_rng(0).permutation(rows)[:STATISTICS_SAMPLE])
-        self._normalise = Normalise(*statistics(pixels[of], rows), self.layout)
+        mean, deviation = self.pixel_mean, self.pixel_deviation
+        if mean is None or deviation is None:
+            own = statistics(pixels[of], rows)
+            mean, deviation = own[0] if mean is None else mean, own[1] if deviation is None else deviation
+        self._normalise = Normalise(mean, deviation, self.layout)
         self._splits = {split: PixelSplit(pixels[of], labels[of][rows], rows) for split, (of, rows) in cut.items()}
         self._spec = DataSpec(
             name=name,
@@ -115,6 +119,29 @@ class PixelSequences(SplitData):
             fingerprint=self._fingerprint(shape),
             grid=shape,
         )
+
+    def _decoded(self, source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str], tuple[int, int]]:
+        """Pixels and labels of each split of the source, the classes' names, and height and width."""
+        raw, self._raw = self._raw or read_splits(source), None
+        images = {
+            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split") for split, dataset in raw.items()
+        }
+        labels, class_names = read_labels(raw, self.label_column, source.name)
+        shape = images["train"].shape
+        for found in images.values():
+            found.shape = shape  # of the training split's first image, so that a split of another size is noticed too
+        fits = sum(len(found) for found in images.values()) * shape[0] * shape[1] <= MEMORY_LIMIT
+        pixels = decode(images, show=self.trainer is None or self.trainer.is_global_zero) if fits else images
+        return pixels, labels, class_names, shape
+
+    def _mapped(self, source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str], tuple[int, int]]:
+        """The same of a folder of images that ``lba-data`` generated."""
+        self._prepared = check(source.path)
+        pixels, labels, class_names = read_images(source.path, self._prepared)
+        shape = pixels["train"].shape[1:]
+        if self.size is not None and shape != (self.size, self.size):
+            raise DataError(f"{source.path} holds images of {shape[1]} x {shape[0]} pixels: leave data.size={self.size} out.")
+        return pixels, labels, class_names, shape
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: how inputs are normalised, what the classes are called, and which data they were."""
@@ -149,6 +176,9 @@ class PixelSequences(SplitData):
     def _fingerprint(self, shape: tuple[int, int]) -> str:
         """16 hexadecimal digits over shapes, labels and pixels of all splits; where not all are decoded, of the pixels the statistics."""
         digest = hashlib.sha256(repr((shape, self._normalise.mean, self._normalise.deviation)).encode())
+        if self._prepared is not None:
+            digest.update(self._prepared.fingerprint.encode())
+            return digest.hexdigest()[:16]
         for split in SPLITS:
             samples = self._splits[split]
             digest.update(f"{split} {len(samples)}".encode() + samples.labels.tobytes())

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lba_exp.data.catalogue import check
+from lba_exp.data.prepared import KINDS, is_prepared
 from lba_exp.data.sources import Source, nearest_embedded
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
@@ -83,6 +85,12 @@ def first_line(error: Exception) -> str:
 def _read_folder(path: Path) -> Mapping[str, Any]:
     import datasets
 
+    if is_prepared(path):
+        manifest = check(path)
+        if manifest.kind != "table":
+            kind = {"images": "pathfinder", "tokens": "listops"}.get(manifest.kind)
+            hint = f"give data={kind}" if kind else f"give data.vocabulary={path / next(iter(manifest.files))}, and other data"
+            raise DataError(f"{path} holds {manifest.name}, {KINDS[manifest.kind]}, and not a table: {hint}.")
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
