@@ -249,6 +249,8 @@ def test_without_client_or_network_one_sentence(monkeypatch, tmp_path, capsys):
     program(programs, "apt-get", "exit 0")
     program(programs, "apt-cache", "exit 100")
     assert "python3.11-doc cannot be fetched from this machine's Debian package sources" in refused(["prepare", "corpus", "x"], capsys)
+    program(programs, "apt-cache", "exit 0")
+    assert "python3.11-doc is not in this machine's Debian package sources, or they do not" in refused(["prepare", "corpus", "x"], capsys)
     assert not Path("x").exists() and not list(Path(".").glob(".x*"))
 
 
