@@ -159,7 +159,7 @@ def test_every_entry_composes():
             composing.compose([f"{group}={option}"])
 
     def needs(name):
-        source = ["data.source=digits"] if name.startswith(("fashion", "text")) else []
+        source = ["data.source=digits"] if name.startswith(("fashion", "text", "lra")) else []
         return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "glue")) else [])
 
     for experiment in composing.options("experiments"):

@@ -98,10 +98,10 @@ CATALOGUE = {
             "Debian",
             {"package": "dataset-fashion-mnist"},
             {"train": 60_000, "test": 10_000},
-            35,
+            36,
         ),
         _recorded("imdb", "table", "film reviews, good or bad (research use)", "npm", _IMDB, {"train": 25_000, "test": 25_000}, 43),
-        _recorded("spam", "table", "e-mails, spam or not (public domain)", "npm", _SPAM, {"train": 4_836, "test": 1_210}, 14),
+        _recorded("spam", "table", "e-mails, spam or not (public domain)", "npm", _SPAM, {"train": 4_836, "test": 1_210}, 15),
         _recorded(
             "corpus",
             "table",

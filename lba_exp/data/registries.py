@@ -49,6 +49,8 @@ def debian(package: str, work: Path) -> Path:
     _run(["apt-get", "-qq", *options, "update"], work, package, where)
     listed = _run(["apt-cache", *options, "show", "--no-all-versions", package], work, package, where)
     sha256 = re.search(r"^SHA256: ([0-9a-f]{64})$", listed, re.MULTILINE)
+    if not listed.strip():
+        raise DataError(f"{package} is not in {where}, or they do not answer (no network?).")
     if sha256 is None:
         raise DataError(f"{where} list no sha256 for {package}: it is not fetched.")
     _run(["apt-get", "-qq", *options, "download", package], work, package, where)

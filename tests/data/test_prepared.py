@@ -166,12 +166,15 @@ def test_what_is_stopped_leaves_nothing():
     command = [sys.executable, "-m", "lba_exp.commands.data", "prepare", "pathx", "deep/x", "--workers", "2"]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         running = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOT}, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while not list(Path(".").glob("deep/.x.*/train_images.npy")):
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        running.send_signal(number)
-        said = running.communicate(timeout=60)[1].decode()
+        try:
+            deadline = time.monotonic() + 60
+            while not list(Path(".").glob("deep/.x.*/train_images.npy")):
+                assert running.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            running.send_signal(number)
+            said = running.communicate(timeout=60)[1].decode()
+        finally:
+            running.kill()
         assert running.returncode == code and "Traceback" not in said and list(Path("deep").iterdir()) == []
 
 
@@ -249,6 +252,8 @@ def test_without_client_or_network_one_sentence(monkeypatch, tmp_path, capsys):
     program(programs, "apt-get", "exit 0")
     program(programs, "apt-cache", "exit 100")
     assert "python3.11-doc cannot be fetched from this machine's Debian package sources" in refused(["prepare", "corpus", "x"], capsys)
+    program(programs, "apt-cache", "exit 0")
+    assert "python3.11-doc is not in this machine's Debian package sources, or they do not" in refused(["prepare", "corpus", "x"], capsys)
     assert not Path("x").exists() and not list(Path(".").glob(".x*"))
 
 
