@@ -7,7 +7,7 @@ import lba_exp
 from lba_exp import build
 from lba_exp.convert import from_pretrained
 from lba_exp.data.spec import DataSpec
-from lba_exp.errors import ConfigError
+from lba_exp.errors import ConfigError, UserError
 from lba_exp.tasks.classification import Classification
 
 from .conftest import SMALL
@@ -125,7 +125,7 @@ def test_sizes_have_the_parameters_of_the_models_they_are_named_after(size):
     ],
 )
 def test_what_does_not_fit_is_named_early(overrides, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         lba_exp.compose(overrides)
 
 
