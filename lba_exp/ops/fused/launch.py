@@ -191,7 +191,8 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_d
 def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den, f, g, order, needs, plan: plans.Plan):
     dq, dk, dv, dot = _gradients(q, k, v, call, size, grad_den)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
-    tiles = blocks * (plan.block // plan.columns)
+    per_block = plan.block // plan.columns
+    tiles = blocks * per_block
     # 1: of each step, 2: of all steps together
     need_f, need_g = ((1 if x.ndim == 3 else 2) if need else 0 for x, need in zip((f, g), needs, strict=True))
     df, dg = (size.empty(size.B, size.H, size.L if need == 1 else tiles) if need else None for need in (need_f, need_g))
@@ -199,7 +200,6 @@ def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den,
     if blocks > 1:
         s, z = _states(size, call, plan, sums, k, v, mask, order)
         a, az = _states(size, call, plan, sums, q, grad, mask, order, den=den, out=out, dot=dot, adjoint=True)
-    per_block = plan.block // plan.columns
     pairs, ends, around = size.empty(size.BH, tiles, per_block), size.empty(4, size.BH, tiles), size.empty(2, size.BH, blocks)
     mask, mask_stride = _mask(mask, totals)
     order_given, order = order is not None, totals if order is None else order

@@ -3,19 +3,19 @@
 import triton
 import triton.language as tl
 
+from lba_exp.ops.fused.tiles import real_tokens
+
 
 @triton.jit
 def _rows(X, b, h, start, sxb, sxl, sxh, r, c, ok, C: tl.constexpr, COMPUTE: tl.constexpr):
+    # not load_rows of tiles.py: with the loop's start in the pointer a thread of the first kernel takes fewer registers
     x = tl.load(X + b * sxb + h * sxh + start * sxl + (r[:, None] * sxl + c[None, :]), mask=ok[:, None] & (c < C)[None, :], other=0.0)
     return x.to(COMPUTE)
 
 
 @triton.jit
 def _real(MASK, b, smb, start, r, length, MASKED: tl.constexpr):
-    ok = start + r < length
-    if MASKED:
-        ok = ok & (tl.load(MASK + b * smb + start + r, mask=ok, other=0) != 0)
-    return ok
+    return real_tokens(MASK, b, smb, start + r, start + r < length, MASKED)
 
 
 @triton.jit

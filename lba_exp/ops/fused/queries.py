@@ -7,6 +7,26 @@ from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places
 
 
 @triton.jit
+def _onto_rows(grad, x, scale, DIVIDED: tl.constexpr, PRECISION: tl.constexpr):
+    """The numerator's gradient times the transpose of values, or of a state."""
+    t = tl.dot(grad, tl.trans(x), input_precision=PRECISION)
+    if DIVIDED:
+        t *= scale[:, None]
+    return t
+
+
+@triton.jit
+def _around(s, Z, A, AZ, side, other_side, cell, in_cell, d, D: tl.constexpr, DV: tl.constexpr, SCALED: tl.constexpr):
+    """What enters the block from one side times the adjoint that enters from the other one: the sum over the pairs around it."""
+    o = tl.load(A + other_side * (D * DV) + cell, mask=in_cell, other=0.0)
+    x = tl.sum(tl.sum(s.to(tl.float32) * o.to(tl.float32), 1), 0)
+    if SCALED:
+        z = tl.load(Z + side * D + d, mask=d < D, other=0.0)
+        x += tl.sum(z * tl.load(AZ + other_side * D + d, mask=d < D, other=0.0), 0)
+    return x
+
+
+@triton.jit
 def queries_gradient_kernel(
     Q, K, V, GRAD, DEN, OUT, DOT, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, A, AZ, DQ, DF, DG, PAIRS, ENDS, AROUND,
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, sob, sol, soh, smb, length, H, NB, weight, eps,
@@ -74,9 +94,7 @@ def queries_gradient_kernel(
         left = (BH + bh) * NB + block
         if FORWARD:
             s = tl.load(S + left * (D * DV) + cell, mask=in_cell, other=0.0)
-            part = tl.dot(grad, tl.trans(s), input_precision=PRECISION)
-            if DIVIDED:
-                part *= scale[:, None]
+            part = _onto_rows(grad, s, scale, DIVIDED, PRECISION)
             if SCALED:
                 part += dot[:, None] * tl.load(Z + left * D + d, mask=d < D, other=0.0)[None, :]
             part *= factor(a_row, a_row_low, 0.0, 0.0, EXACT)[:, None]
@@ -88,11 +106,7 @@ def queries_gradient_kernel(
                 else:
                     all_f = tl.sum(df * (spot + 1).to(tl.float32), 0)
                 if tile % QT == 0:
-                    o = tl.load(A + right * (D * DV) + cell, mask=in_cell, other=0.0)
-                    sum_all = tl.sum(tl.sum(s.to(tl.float32) * o.to(tl.float32), 1), 0)
-                    if SCALED:
-                        z = tl.load(Z + left * D + d, mask=d < D, other=0.0)
-                        sum_all += tl.sum(z * tl.load(AZ + right * D + d, mask=d < D, other=0.0), 0)
+                    sum_all = _around(s, Z, A, AZ, left, right, cell, in_cell, d, D, DV, SCALED)
                     keep = whole_factor(tl.load(TOTALS + right), tl.load(TOTALS + 2 * BH * NB + right), EXACT)
                     if NEED_F == 1:
                         tl.store(AROUND + right, sum_all * keep)
@@ -102,9 +116,7 @@ def queries_gradient_kernel(
             whole = tl.load(TOTALS + left)  # of the backward decays
             whole_low = tl.load(TOTALS + 2 * BH * NB + left)
             s = tl.load(S + right * (D * DV) + cell, mask=in_cell, other=0.0)
-            part = tl.dot(grad, tl.trans(s), input_precision=PRECISION)
-            if DIVIDED:
-                part *= scale[:, None]
+            part = _onto_rows(grad, s, scale, DIVIDED, PRECISION)
             if SCALED:
                 part += dot[:, None] * tl.load(Z + right * D + d, mask=d < D, other=0.0)[None, :]
             part *= factor(whole, whole_low, c_row, c_row_low, EXACT)[:, None]
@@ -116,11 +128,7 @@ def queries_gradient_kernel(
                 else:
                     all_g = tl.sum(dg * (CB - spot).to(tl.float32), 0)
                 if tile % QT == 0:
-                    o = tl.load(A + left * (D * DV) + cell, mask=in_cell, other=0.0)
-                    sum_all = tl.sum(tl.sum(s.to(tl.float32) * o.to(tl.float32), 1), 0)
-                    if SCALED:
-                        z = tl.load(Z + right * D + d, mask=d < D, other=0.0)
-                        sum_all += tl.sum(z * tl.load(AZ + left * D + d, mask=d < D, other=0.0), 0)
+                    sum_all = _around(s, Z, A, AZ, right, left, cell, in_cell, d, D, DV, SCALED)
                     keep = whole_factor(whole, whole_low, EXACT)
                     if NEED_G == 1:
                         tl.store(AROUND + left, sum_all * keep)
@@ -136,9 +144,7 @@ def queries_gradient_kernel(
         v = load_rows(V, b, h, place_k, svb, svl, svh, dv, ok_k, DV).to(COMPUTE)
         a_col, a_col_low = load_sums(HIGH, LOW, a + col, EXACT)
         c_col, c_col_low = load_sums(HIGH, LOW, c + col, EXACT)
-        t = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        if DIVIDED:
-            t *= scale[:, None]
+        t = _onto_rows(grad, v, scale, DIVIDED, PRECISION)
         if SCALED:
             t += dot[:, None]
         t *= decays(
@@ -168,9 +174,7 @@ def queries_gradient_kernel(
     v = load_rows(V, b, h, place, svb, svl, svh, dv, real, DV).to(COMPUTE)
     a_col, a_col_low = load_sums(HIGH, LOW, a + row, EXACT)
     c_col, c_col_low = load_sums(HIGH, LOW, c + row, EXACT)
-    t = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    if DIVIDED:
-        t *= scale[:, None]
+    t = _onto_rows(grad, v, scale, DIVIDED, PRECISION)
     if SCALED:
         t += dot[:, None]
     t *= decays(
