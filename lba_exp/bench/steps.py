@@ -83,8 +83,8 @@ def _compiled(model: nn.Module, what: str) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, compiled as ``StepSettings.compile`` says."""
     if what == "off":
         return model
-    if what == "model":
-        return torch.compile(model, dynamic=False)
+    if what in ("model", "graphs"):
+        return torch.compile(model, dynamic=False, mode="reduce-overhead" if what == "graphs" else None)
     blocks = CompiledBlocks(model)
 
     def forward(images: Tensor) -> Tensor:
@@ -157,7 +157,9 @@ def _prepare(cfg: DictConfig, settings: StepSettings, device: torch.device) -> t
         step()
     with LiveTensors(device) as memory:
         step()
-    peak = None if memory.bytes is None else step.resident_bytes() + memory.bytes
+    # the pool of a CUDA graph is taken once, before, and shared with the other models'
+    seen = memory.bytes is not None and settings.compile != "graphs"
+    peak = step.resident_bytes() + memory.bytes if seen else None
     parameters = sum(p.numel() for p in step.model.parameters())
     return step, {
         "parameters": parameters,

@@ -73,11 +73,11 @@ def title(record: Record) -> str:
     """Sizes and settings in one line."""
     s = record["settings"]
     tokens = {f"{cell['tokens']:,}" for cell in record["cells"] if cell["tokens"]}
-    compiled = {"model": "the model compiled", "blocks": "its blocks compiled", "off": "not compiled"}[s["compile"]]
+    compiled = {"model": "the model compiled", "graphs": "the model in CUDA graphs", "blocks": "its blocks compiled", "off": "not compiled"}
     precision = "bf16 autocast" if s["dtype"] == "bfloat16" else s["dtype"]
     counted = f" ({' or '.join(sorted(tokens))} tokens)" if tokens else ""
     overrides = f", {' '.join(s['overrides'])}" if s["overrides"] else ""
-    return f"Training step, {s['resolution']} px{counted}, batch {s['batch']}, {precision}, {compiled}{overrides}"
+    return f"Training step, {s['resolution']} px{counted}, batch {s['batch']}, {precision}, {compiled[s["compile"]]}{overrides}"
 
 
 def notes(record: Record) -> list[str]:
