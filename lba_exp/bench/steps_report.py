@@ -77,7 +77,7 @@ def title(record: Record) -> str:
     precision = "bf16 autocast" if s["dtype"] == "bfloat16" else s["dtype"]
     counted = f" ({' or '.join(sorted(tokens))} tokens)" if tokens else ""
     overrides = f", {' '.join(s['overrides'])}" if s["overrides"] else ""
-    return f"Training step, {s['resolution']} px{counted}, batch {s['batch']}, {precision}, {compiled[s["compile"]]}{overrides}"
+    return f"Training step, {s['resolution']} px{counted}, batch {s['batch']}, {precision}, {compiled[s['compile']]}{overrides}"
 
 
 def notes(record: Record) -> list[str]:

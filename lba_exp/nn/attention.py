@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lba_exp import ops
 from lba_exp.nn import hippo
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
+from lba_exp.nn.gates import SelectiveGate
+from lba_exp.nn.head_norms import make_head_norm
 from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
 from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice, unchecked_decays
@@ -18,32 +21,8 @@ from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
-NORMS = ("none", "layer", "rms", "group")
+ROWS = 8  # a matrix product in half precision wants rows of so many numbers, 16 bytes
 EPS = 1e-6  # added to denominators, and to the mean square of the RMS norm
-
-
-class HeadNorm(nn.GroupNorm):
-    """Group norm with one group a head (RetNet, arXiv 2307.08621, equation 8), token by token: (B, L, width) -> (B, L, width)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).view_as(x)
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root mean square norm in the dtype of its weights: autocast leaves it in half precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
-def make_norm(norm: str, width: int, heads: int, eps: float) -> nn.Module:
-    """The norm between attention and output projection: (B, L, width) -> (B, L, width)."""
-    choice("norm", norm, NORMS)
-    if norm == "none":
-        return nn.Identity()
-    if norm == "group":
-        return HeadNorm(heads, width, eps=eps)
-    return nn.LayerNorm(width, eps=eps) if norm == "layer" else RMSNorm(width, eps=eps)
 
 
 def row_sums(
@@ -170,7 +149,7 @@ class LinearAttention(nn.Module):
         if not gate_trained:  # and what a plugin's gate has frozen stays frozen
             for frozen in self._gates:
                 frozen.requires_grad_(False)
-        self.norm = make_norm(norm, width, heads, norm_eps)
+        self.norm = make_head_norm(norm, width, heads, norm_eps)
         self.output = nn.Linear(width, width)
         self.form = form
         if scan != "raster":
@@ -187,6 +166,7 @@ class LinearAttention(nn.Module):
         orders = torch.stack([scan_order(name, self.grid, self.class_token) for name in SCANS[self.scan]])
         # a function of the settings: not a part of the weights
         self.register_buffer("orders", orders, persistent=False)
+        self.register_buffer("places", torch.stack([inverse_of(order) for order in orders]), persistent=False)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -249,17 +229,43 @@ class LinearAttention(nn.Module):
             token = " and a class token" if self.class_token else ""
             expected = f"{self.orders.shape[1]} tokens, a grid of {self.grid[0]} x {self.grid[1]}{token}"
             raise ValueError(f"length: expected {expected}, for scan={self.scan!r}, got {x.shape[1]}")
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
+        qkv, log_gates = self._project(x)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
         # autocast runs some feature maps in float32
         q, k = self.feature_map(q).to(v.dtype), self.feature_map(k).to(v.dtype)
         if self.scale == "none":
             q = q * self.head_width**-0.5
-        log_gates = [gate(x) for gate in self._gates]
-        orders = [None] if self.scan == "raster" else self.orders
-        return [self._call(q, k, v, log_gate, padding_mask, order) for order, log_gate in zip(orders, log_gates, strict=True)]
+        orders, places = ([None], [None]) if self.scan == "raster" else (self.orders, self.places)
+        each = zip(log_gates, orders, places, strict=True)
+        return [self._call(q, k, v, log_gate, padding_mask, order, back) for log_gate, order, back in each]
 
-    def _call(self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None, padding_mask: Tensor | None, order: Tensor | None) -> dict:
-        """One call of the operator, tokens read in an order of their own."""
+    def _project(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Queries, keys and values side by side, (B, L, 3 width), and what the gates give.
+
+        Compiled, the few columns of selective gates are made in the matrix product of the others, which reads x anyway.
+        """
+        gates = self._gates
+        if not torch.compiler.is_compiling() or any(type(gate) is not SelectiveGate for gate in gates):
+            return self.qkv(x), [gate(x) for gate in gates]
+        blocks = [self.qkv.weight, *(gate.projection.weight for gate in gates)]
+        sizes = [len(block) for block in blocks]
+        spare = -sum(sizes) % ROWS
+        weight = torch.cat([*blocks, x.new_zeros(spare, x.shape[-1], dtype=self.qkv.weight.dtype)])
+        bias = pad(self.qkv.bias, (0, sum(sizes[1:]) + spare))  # gates add their own in float32
+        qkv, *products, _ = nn.functional.linear(x, weight, bias).split([*sizes, spare], dim=-1)
+        return qkv, [gate.decay(product) for gate, product in zip(gates, products, strict=True)]
+
+    def _call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_gate: Tensor | None,
+        padding_mask: Tensor | None,
+        order: Tensor | None,
+        places: Tensor | None,
+    ) -> dict:
+        """One call of the operator, tokens read in an order of their own, undone by ``places``."""
         if self.complement_keys:
             complement = -torch.expm1(log_gate)
             k = (k * (complement if complement.ndim in (2, 4) else complement[..., None])).to(v.dtype)
@@ -267,10 +273,10 @@ class LinearAttention(nn.Module):
             # Scale acts on rows: to divide the query by the row's sum is to divide the row
             sums = row_sums(q, k, self.direction, padding_mask, self.sequence_ranks, order)
             q = (q / (sums + EPS)[..., None]).to(v.dtype)
+        if order is not None and log_gate is not None and log_gate.ndim > 2:
+            log_gate = reorder(log_gate, order, places)
         ranks = self.sequence_ranks
         group = None if ranks is None else ranks.group
-        if order is not None and log_gate is not None and log_gate.ndim > 2:
-            log_gate = log_gate[:, order]
         if self.open_first and (ranks is None or ranks.first):
             log_gate = torch.cat([torch.zeros_like(log_gate[:, :1]), log_gate[:, 1:]], dim=1)
         with self._values_unchecked():
@@ -302,6 +308,11 @@ class LinearAttention(nn.Module):
             return ops.bidirectional_linear_attention(**calls[0], form=self.form)
         if not self.scaled:
             return sum(ops.bidirectional_linear_attention(**call, form=self.form) for call in calls) / 2
+        if not self.complement_keys:  # all read the same keys
+            each = {name: [call[name] for call in calls] for name in ("forward_log_decay", "backward_log_decay")}
+            decays = {name: None if x[0] is None else torch.stack(x) for name, x in each.items()}
+            shared = {name: x for name, x in calls[0].items() if name not in ("scaled", "sequence_group")}
+            return ops.bidirectional_linear_attention_scans(**shared | decays | {"token_order": self.orders}, form=self.form, eps=EPS)
         num, den = 0.0, 0.0
         for call in calls:
             parts = {name: value for name, value in call.items() if name != "scaled"}

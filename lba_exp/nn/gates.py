@@ -3,7 +3,8 @@
 A gate is built as ``Gate(width, heads, init)`` and called with the mixer's input, (B, L, width), and returns what
 ``lba_exp.ops.step_log_decays`` takes: None; a decay per head, (heads,) or (B, L, heads); or one per key channel, (heads, Dk) or
 (B, L, heads, Dk), Dk = width / heads. It is never above 0 (but for ``SoftplusVectorGate``), and in float32 (float64 for float64 parameters)
-under every precision and autocast: decays are multiplied over hundreds of tokens, and so are their rounding errors.
+under every precision and autocast: decays are multiplied over hundreds of tokens, and so are their rounding errors. (The products W x of
+a ``SelectiveGate`` alone are rounded, as queries and keys are, and differently for each token; the bias, which all share, is not.)
 
 Every decay is lambda = sigmoid(logit), so that log lambda = -softplus(-logit) is negative by construction and has finite gradients however
 far the gate saturates. An initialisation chooses the logits:
@@ -122,7 +123,11 @@ class SelectiveGate(Gate):
                 self.projection.bias.copy_(scalar_logits(heads, init))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.logsigmoid(linear_at_least_float32(x, self.projection))
+        return self.decay(F.linear(x, self.projection.weight))
+
+    def decay(self, products: Tensor) -> Tensor:
+        """The log decays from W x, in any dtype: the bias, which holds the memory lengths, and all after it in at least float32."""
+        return F.logsigmoid(at_least_float32(products) + at_least_float32(self.projection.bias))
 
 
 class VectorGate(Gate):

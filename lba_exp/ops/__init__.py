@@ -7,9 +7,10 @@ from lba_exp.ops.api import (
     bidirectional_linear_attention_parts,
     can_run_fused,
     choose_form,
-    estimate_bytes,
 )
 from lba_exp.ops.decays import CONVENTIONS, step_log_decays
+from lba_exp.ops.estimates import estimate_bytes
+from lba_exp.ops.multi_scan import bidirectional_linear_attention_scans
 from lba_exp.ops.streaming import start_state, stream
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MODEL_FORMS",
     "bidirectional_linear_attention",
     "bidirectional_linear_attention_parts",
+    "bidirectional_linear_attention_scans",
     "can_run_fused",
     "choose_form",
     "estimate_bytes",

@@ -103,6 +103,41 @@ def hide_padding(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor) -> tuple
     return q.masked_fill(padded, 0), k.masked_fill(padded, 0), v.masked_fill(padded, 0)
 
 
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward_log_decay: Tensor | None,
+    backward_log_decay: Tensor | None,
+    diagonal_weight: float,
+    direction: str,
+    padding_mask: Tensor | None,
+    form: str,
+    chunk_size: int,
+    token_order: Tensor | None,
+) -> None:
+    """Raise ValueError, naming the argument, unless all of a call fit together."""
+    checks.check_tensors(q, k, v)
+    double = torch.float64 in (q.dtype, k.dtype, v.dtype)
+    checks.check_decay("forward_log_decay", forward_log_decay, q, double=double)
+    checks.check_decay("backward_log_decay", backward_log_decay, q, double=double)
+    checks.number("diagonal_weight", diagonal_weight)
+    checks.choice("direction", direction, tuple(DIRECTIONS))
+    checks.check_padding(padding_mask, q)
+    checks.check_order(token_order, q)
+    checks.choice("form", form, FORMS)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+
+
+def form_for(form: str, q: Tensor, k: Tensor, v: Tensor, vector: bool) -> str:
+    """``form``, or what "auto" stands for with these inputs."""
+    if form != "auto":
+        return form
+    widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return choose_form(q.shape[1], vector, device=q.device, dtype=widest, key_width=q.shape[3], value_width=v.shape[3])
+
+
 def run_form(
     q: Tensor,
     k: Tensor,
@@ -124,17 +159,9 @@ def run_form(
 
     Given ``eps``, the fused form divides by itself: (num / (den + eps), None) then, in the widest dtype of q, k, v.
     """
-    checks.check_tensors(q, k, v)
-    double = torch.float64 in (q.dtype, k.dtype, v.dtype)
-    checks.check_decay("forward_log_decay", forward_log_decay, q, double=double)
-    checks.check_decay("backward_log_decay", backward_log_decay, q, double=double)
-    checks.number("diagonal_weight", diagonal_weight)
-    checks.choice("direction", direction, tuple(DIRECTIONS))
-    checks.check_padding(padding_mask, q)
-    checks.check_order(token_order, q)
-    checks.choice("form", form, FORMS)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size!r}")
+    check_arguments(
+        q, k, v, forward_log_decay, backward_log_decay, diagonal_weight, direction, padding_mask, form, chunk_size, token_order
+    )
     if sequence_group is not None:
         check_group(sequence_group)
         if token_order is not None:
@@ -143,10 +170,7 @@ def run_form(
     # a direction that is left out has no decay, in any form
     forward = to_steps(forward_log_decay) if "forward" in directions else None
     backward = to_steps(backward_log_decay) if "backward" in directions else None
-    if form == "auto":
-        widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        widths = {"key_width": q.shape[3], "value_width": v.shape[3]}
-        form = choose_form(q.shape[1], is_vector(forward, backward), device=q.device, dtype=widest, **widths)
+    form = form_for(form, q, k, v, is_vector(forward, backward))
     with no_autocast(q.device):
         # the kernels read the mask: no copies
         if padding_mask is not None and (form != "fused" or sequence_group is not None):
@@ -300,29 +324,3 @@ def bidirectional_linear_attention_parts(
         token_order=token_order,
         sequence_group=sequence_group,
     )
-
-
-def estimate_bytes(form: str, batch: int, length: int, heads: int, key_width: int, value_width: int, itemsize: int = 4) -> int:
-    """A rough upper estimate of the memory, in bytes, that a form's forward pass takes beside its inputs and its output.
-
-    ``itemsize`` is that of the inputs; the work is done in float32 (8-byte items: float64). Meant to skip a form that would not fit, not to
-    plan to the byte. "parallel" counts six L x L matrices per head (scores, decays and their parts); the others the numerator, "chunkwise"
-    the states of both directions at every chunk of 64 (as under ``torch.compile``; eager mode keeps
-    fewer), and what they work on at a time. "fused" counts states at every 128 tokens, in the dtype of the inputs, sums of decays and
-    the denominator; "auto" is counted as on a CPU.
-    """
-    checks.choice("form", form, FORMS)
-    form = choose_form(length) if form == "auto" else form
-    item = max(4, itemsize)
-    rows, width = batch * heads, key_width + value_width
-    numerator, state = rows * length * (value_width + 1), rows * key_width * (value_width + 1)
-    if form == "parallel":
-        return item * (6 * rows * length * length + 2 * rows * length * width)
-    if form == "recurrent":
-        return item * (numerator + 4 * state + 12 * rows * min(length, 256) * width)
-    if form == "blockwise":
-        return item * (2 * numerator + rows * length * width + 8 * rows * 64 * max(64, width))
-    chunks = -(-length // 64)
-    if form == "fused":
-        return 2 * rows * -(-length // 128) * (key_width * (value_width * itemsize + 4) + 64) + rows * length * 20
-    return item * (numerator + (2 * state * chunks if chunks > 1 else 0) + 16 * min(2**19, rows * length * max(64, width)))

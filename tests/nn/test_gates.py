@@ -82,11 +82,16 @@ def test_random_init_is_the_papers():
 @pytest.mark.parametrize("gate", [FixedGate, SelectiveGate])
 def test_stays_float32_under_autocast_and_for_bfloat16_weights(gate):
     torch.manual_seed(5)
-    gate, x = gate(32, 4), torch.randn(2, 6, 32)
+    kind, gate, x = gate, gate(32, 4), torch.randn(2, 6, 32)
     exact = gate(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = gate(x)
-    assert cast.dtype == torch.float32 and torch.equal(cast, exact)
+    assert cast.dtype == torch.float32
+    if kind is FixedGate:
+        assert torch.equal(cast, exact)
+    else:  # the product of a token is rounded, what it is added to is not
+        rounded = gate.decay((x.bfloat16() @ gate.projection.weight.bfloat16().T).float())
+        assert not torch.equal(cast, exact) and (cast - rounded).abs().max() <= 4e-3 * (x @ gate.projection.weight.T).abs().max()
     assert gate.bfloat16()(x.bfloat16()).dtype == torch.float32
 
 

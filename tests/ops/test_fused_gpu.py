@@ -6,6 +6,7 @@ Every option, width, dtype and plan against float64, with fresh numbers each tim
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
@@ -14,10 +15,16 @@ import pytest
 import torch
 
 from lba_exp.nn.attention import LinearAttention
-from lba_exp.ops import FORMS, bidirectional_linear_attention, bidirectional_linear_attention_parts
+from lba_exp.ops import (
+    FORMS,
+    bidirectional_linear_attention,
+    bidirectional_linear_attention_parts,
+    bidirectional_linear_attention_scans,
+)
 from lba_exp.ops.fused import operator
 
 from . import reference
+from . import test_multi_scan as multi_scan
 from .compare import Case, check, error, gradients, leaves
 from .fused_jobs import Job, Judge, compile_ahead, default_jobs, plan_jobs, run
 from .test_order import reordered
@@ -108,6 +115,22 @@ def test_an_order_is_a_way_to_read(dtype):
             results.append([y, *torch.autograd.grad(y.float().square().sum(), [x for x in inputs if x is not None])])
         for n, (one, other) in enumerate(zip(*results, strict=True)):
             assert torch.equal(one, other[:, order] if n < 4 else other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kinds", [("selective", "selective"), ("fixed", "none"), ("none", "none")], ids="-".join)
+def test_scans_normalised_together(dtype, kinds):
+    from .poison import poisoned
+
+    for length in (197, 1000):
+        case = Case(length=length, kinds=kinds, dtype=dtype, key_width=64, value_width=64, padded="holes", device="cuda")
+        tensors, mask, orders = multi_scan.inputs(case, 2, dtype)
+        tensors = [x if x is None or (x.ndim == 4 and n < 3) else x.float() for n, x in enumerate(tensors)]
+        fused = functools.partial(bidirectional_linear_attention_scans, token_order=orders, form="fused", padding_mask=mask)
+        with poisoned():
+            found = multi_scan.results(fused, tensors)
+        expected = multi_scan.results(functools.partial(multi_scan.definition, orders=orders, eps=1e-6, padding_mask=mask), tensors)
+        assert all(error(x, y) < (2e-5 if dtype == torch.float32 else 1e-2) for x, y in zip(found, expected, strict=True))
 
 
 def test_autocast_changes_nothing():

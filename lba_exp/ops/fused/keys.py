@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, store_rows
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def keys_gradient_kernel(
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, smb, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
     SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr, ADD: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """DK and DV_, contiguous, and in DF and DG the pairs with the key in the tile alone; third and fourth of ENDS: queries right and left
@@ -120,5 +120,5 @@ def keys_gradient_kernel(
     if MASKED:
         dk = tl.where(real[:, None], dk, 0.0)
     at = (b * length + place) * H + h
-    tl.store(DK + at[:, None] * D + d[None, :], dk.to(DK.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    tl.store(DV_ + at[:, None] * DV + dv[None, :], dv_.to(DV_.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
+    store_rows(DK, at, d, ok, dk, D, ADD)
+    store_rows(DV_, at, dv, ok, dv_, DV, ADD)

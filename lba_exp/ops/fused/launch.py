@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -145,17 +145,17 @@ def _outputs(v: Tensor, call: Call, size: _Sizes) -> tuple[Tensor, Tensor]:
     return out, size.empty(size.B, size.H, size.L) if call.scaled else size.empty(0)
 
 
-def _forward(q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan) -> tuple[Tensor, Tensor]:
+def _forward(q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan, before=None) -> tuple[Tensor, Tensor]:
     out, den = _outputs(v, call, size)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     s, z = _states(size, call, plan, sums, k, v, mask, order) if blocks > 1 else (totals, totals)
     mask, mask_stride = _mask(mask, totals)
     outputs_kernel[(size.H * blocks * (plan.block // plan.rows) * size.B,)](
-        q, k, v, mask, totals if order is None else order, high, low, totals, s, z, out, den,
+        q, k, v, mask, totals if order is None else order, high, low, totals, s, z, *(before or (totals, totals)), out, den,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], mask_stride, *out.stride()[:3], size.L, size.H, blocks, call.weight, call.eps,
         D=size.D, DV=size.DV, BD=size.BD, BDV=size.BDV, CB=plan.block, BQ=plan.rows, BT=plan.columns,
         SCALED=call.scaled, DIVIDED=call.divided, MASKED=mask_stride > 0, ORDERED=order is not None, WEIGHTED=call.weight != 1.0,
-        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1,
+        FORWARD=call.forward, BACKWARD=call.backward, STATES=blocks > 1, ADD=before is not None,
         EXACT=size.compute == tl.float32, PRECISION=size.precision, COMPUTE=size.compute,
         num_warps=plan.warps, num_stages=plan.stages, maxnreg=plan.registers,
     )  # fmt: skip
@@ -166,16 +166,18 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None, call: Call,
     out: Tensor, den: Tensor, grad: Tensor, grad_den: Tensor | None, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v and of the log decays (None where not needed): float32, (B, H, L), one a step, or (B, H) for a fixed decay.
+    """Gradients of q, k, v and of the log decays (None where not needed): float32 (B, H, L), one a step, or float64 (H,), of a fixed one.
 
     grad: of the output; grad_den: of the denominator (B, H, L), where scaled and not divided.
     """
     size = _Sizes(q, v)
     q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
-    given = (q, k, v, mask, call, size, out, den, grad, grad_den)
     if call.is_linear(f, g):
+        given = (q, k, v, mask, call, size, out, den, grad, grad_den)
         return *_planned("linear", size, lambda plan: _linear_backward(*given, plan)), None, None
-    return _planned("backward", size, lambda plan: _backward(*given, f, g, order, needs, plan))
+    room = _gradients(q, k, v, call, size, grad_den)
+    given = (q, k, v, mask, call, size, out, den, grad, room, f, g, order, needs)
+    return *room[:3], *_planned("backward", size, lambda plan: _backward(*given, plan))
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_den: Tensor | None) -> tuple[Tensor, ...]:
@@ -188,8 +190,8 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_d
     return dq, dk, dv, dot
 
 
-def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den, f, g, order, needs, plan: plans.Plan):
-    dq, dk, dv, dot = _gradients(q, k, v, call, size, grad_den)
+def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, room, f, g, order, needs, plan: plans.Plan, add: bool = False):
+    dq, dk, dv, dot = room
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     per_block = plan.block // plan.columns
     tiles = blocks * per_block
@@ -208,6 +210,7 @@ def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den,
     numbers = (size.L, size.H, blocks, call.weight, call.eps)
     cut = {"CB": plan.block, "BT": plan.columns, "NEED_F": need_f, "NEED_G": need_g, "STATES": blocks > 1}
     options = cut | {
+        "ADD": add,
         "D": size.D, "DV": size.DV, "BD": size.BD, "BDV": size.BDV,
         "SCALED": call.scaled, "DIVIDED": call.divided, "MASKED": mask_stride > 0, "ORDERED": order_given, "WEIGHTED": call.weight != 1.0,
         "FORWARD": call.forward, "BACKWARD": call.backward,
@@ -225,8 +228,60 @@ def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den,
     )  # fmt: skip
     if 1 in (need_f, need_g) and (blocks > 1 or per_block > 2):
         around_kernel[(blocks * size.BH,)](pairs, ends, around, *grads, size.L, blocks, size.BH, **cut)
-    df, dg = (x.sum(2) if need == 2 else x for x, need in ((df, need_f), (dg, need_g)))
-    return dq, dk, dv, df, dg
+    return tuple(x.sum((0, 2), dtype=torch.float64) if need == 2 else x for x, need in ((df, need_f), (dg, need_g)))
+
+
+def forward_scans(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, orders: Tensor, call: Call):
+    """Sum of the scans' numerators over the sum of their denominators plus eps each: (B, L, H, Dv), and that of the denominators (B, H, L).
+
+    f, g: None, (S, H) or (S, B, L, H); orders: (S, L). ``call`` is divided.
+    """
+    size = _Sizes(q, v)
+    q, k, v = (rows_last(x) for x in (q, k, v))
+    if call.is_linear(f, g):  # the same in any order
+        return _planned("linear", size, lambda plan: _linear_forward(q, k, v, mask, call, size, plan))
+    last = _of_scans(call, orders)
+
+    def run(plan: plans.Plan) -> tuple[Tensor, Tensor]:
+        found = None
+        for n, order in enumerate(orders.contiguous()):
+            one = last if n + 1 == len(orders) else replace(last, divided=False)
+            found = _forward(q, k, v, _scan(f, n), _scan(g, n), mask, order, one, size, plan, found)
+        return found
+
+    return _planned("forward", size, run)
+
+
+def backward_scans(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, orders: Tensor, call: Call,
+    out: Tensor, den: Tensor, grad: Tensor, needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients as ``backward`` gives them, from what ``forward_scans`` gave; those of the log decays one a scan, stacked."""
+    size = _Sizes(q, v)
+    q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
+    if call.is_linear(f, g):
+        return *_planned("linear", size, lambda plan: _linear_backward(q, k, v, mask, call, size, out, den, grad, None, plan)), None, None
+    call = _of_scans(call, orders)
+    room = _gradients(q, k, v, call, size, None)
+
+    def run(plan: plans.Plan) -> list[tuple[Tensor | None, Tensor | None]]:
+        found = []
+        for n, order in enumerate(orders.contiguous()):
+            given = (q, k, v, mask, call, size, out, den, grad, room, _scan(f, n), _scan(g, n), order, needs)
+            found.append(_backward(*given, plan, add=n > 0))
+        return found
+
+    steps = zip(*_planned("backward", size, run), strict=True)
+    return *room[:3], *(torch.stack(x) if need else None for x, need in zip(steps, needs, strict=True))
+
+
+def _of_scans(call: Call, orders: Tensor) -> Call:
+    """Sums in the place of means: an eps for each."""
+    return replace(call, eps=call.eps * len(orders))
+
+
+def _scan(x: Tensor | None, n: int) -> Tensor | None:
+    return None if x is None else x[n]
 
 
 def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):

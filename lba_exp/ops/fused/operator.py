@@ -64,22 +64,32 @@ def _backward(
     out: Tensor | None, den: Tensor | None, grad: Tensor, grad_den: Tensor | None, need_f: bool, need_g: bool,
     weight: float, forward: bool, backward: bool, scaled: bool, divided: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and of the log decays, each step's (B, H, L) or a fixed one's (B, H), empty where not needed."""
+    """Gradients of q, k, v and of the log decays, each step's (B, H, L) or a fixed one's (H,) in float64, empty where not needed."""
     from lba_exp.ops.fused import launch
 
     call = launch.Call(weight, forward, backward, scaled, divided, eps)
     # without a division nothing reads the output and the denominator
     out, den = (grad if x is None else x for x in (out, den))
     *grads, df, dg = launch.backward(q, k, v, f, g, mask, order, call, out, den, grad, grad_den, (need_f, need_g))
-    return *grads, *(q.new_empty(0, dtype=torch.float32) if x is None else x for x in (df, dg))
+    return *grads, *(no_gradient(q) if x is None else x for x in (df, dg))
 
 
 @_backward.register_fake
 def _(q, k, v, f, g, mask, order, out, den, grad, grad_den, need_f, need_g, weight, forward, backward, scaled, divided, eps):
-    batch, length, heads, _ = q.shape
-    shapes = [((batch, heads, length) if x.ndim == 3 else (batch, heads)) if need else (0,) for x, need in ((f, need_f), (g, need_g))]
-    steps = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    steps = [empty_gradient(q, x) if need else no_gradient(q) for x, need in ((f, need_f), (g, need_g))]
     return *(x.new_empty(x.shape) for x in (q, k, v)), *steps
+
+
+def no_gradient(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=torch.float32)
+
+
+def empty_gradient(q: Tensor, decay: Tensor, scans: tuple[int, ...] = ()) -> Tensor:
+    """Room for the gradient of a log decay as ``launch`` gives it: of each step or of a fixed one; ``scans``: (S,) for so many, stacked."""
+    batch, length, heads, _ = q.shape
+    if decay.ndim - len(scans) == 1:
+        return q.new_empty((*scans, heads), dtype=torch.float64)
+    return q.new_empty((*scans, batch, heads, length), dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output):
@@ -110,7 +120,7 @@ def _gradients(ctx, grad, grad_den):
         if not need:
             steps.append(None)
         elif x.ndim == 1:
-            steps.append(dx.sum(0, dtype=torch.float64).to(x.dtype))
+            steps.append(dx.to(x.dtype))
         else:
             steps.append(dx.transpose(1, 2))
     return *grads, *steps, *(None,) * 8

@@ -8,15 +8,16 @@ from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places
 
 @triton.jit
 def outputs_kernel(
-    Q, K, V, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, OUT, DEN,
+    Q, K, V, MASK, ORDER, HIGH, LOW, TOTALS, S, Z, NUM_BEFORE, DEN_BEFORE, OUT, DEN,
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, smb, sob, sol, soh, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
     SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, STATES: tl.constexpr, ADD: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """OUT (B, L, H, DV) by strides, num / (den + eps) where DIVIDED, else num; DEN (B, H, L) where SCALED. BQ queries a program.
 
+    ADD (where SCALED): to num and den come NUM_BEFORE, (B, L, H, DV) contiguous, and DEN_BEFORE, (B, H, L), those of other scans.
     A query reads the keys of its block, BT at a time, and, where there is more than one block, S and Z: (2, B H, NB, D, DV) and
     (2, B H, NB, D), what enters each block, first from the right, then from the left. Grid (H NB CB/BQ B,), heads fastest.
     """
@@ -79,6 +80,11 @@ def outputs_kernel(
         if SCALED:
             den += tl.sum(p, 1)
         num = tl.dot(p.to(COMPUTE), v, num, input_precision=PRECISION)
+    inside = ok[:, None] & (dv < DV)[None, :]
+    if ADD:
+        before = NUM_BEFORE + (((b * length + place) * H + h)[:, None] * DV + dv[None, :])
+        num += tl.load(before, mask=inside, other=0.0)
+        den += tl.load(DEN_BEFORE + bh * length + place, mask=ok, other=0.0)
     if SCALED:
         if MASKED:
             den = tl.where(real, den, 0.0)
@@ -88,4 +94,4 @@ def outputs_kernel(
                 den = tl.where(real, den, 1.0)
             num = num * (1.0 / (den + eps))[:, None]
     out = OUT + b * sob + h * soh + (place[:, None] * sol + dv[None, :])
-    tl.store(out, num.to(OUT.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])
+    tl.store(out, num.to(OUT.dtype.element_ty), mask=inside)

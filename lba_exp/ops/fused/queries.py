@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, whole_factor
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, store_rows, whole_factor
 
 
 @triton.jit
@@ -32,11 +32,12 @@ def queries_gradient_kernel(
     sqb, sql, sqh, skb, skl, skh, svb, svl, svh, sgb, sgl, sgh, sob, sol, soh, smb, length, H, NB, weight, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CB: tl.constexpr, BT: tl.constexpr,
     SCALED: tl.constexpr, DIVIDED: tl.constexpr, MASKED: tl.constexpr, ORDERED: tl.constexpr, WEIGHTED: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, NEED_F: tl.constexpr, NEED_G: tl.constexpr, STATES: tl.constexpr, ADD: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """DQ, (B, L, H, D) contiguous; DF, DG float32, but for the pairs with the key in the tile alone and those around it.
 
+    ADD: to what DQ holds, the gradient from other scans.
     NEED_F, NEED_G: 0, nothing; 1, the gradient of each step's decay, (B, H, L); 2, what a tile adds to the sum over all steps, for a decay
     that is the same at each, (B, H, tiles): a pair then counts as often as there are steps between its tokens.
 
@@ -183,9 +184,7 @@ def queries_gradient_kernel(
         n[:, None], n[None, :], weight, WEIGHTED, FORWARD, BACKWARD, EXACT,
     )  # fmt: skip
     dq = tl.dot(t.to(COMPUTE), k, dq, input_precision=PRECISION)
-    tl.store(
-        DQ + ((b * length + place) * H + h)[:, None] * D + d[None, :], dq.to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :]
-    )
+    store_rows(DQ, ((b * length + place) * H + h), d, ok, dq, D, ADD)
     if NEED_F > 0 or NEED_G > 0:
         t *= tl.dot(q, tl.trans(k), input_precision=PRECISION)
         steps = (n[:, None] - n[None, :]).to(tl.float32)

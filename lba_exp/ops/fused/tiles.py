@@ -11,6 +11,16 @@ def load_rows(X, b, h, row, sxb, sxl, sxh, c, ok, C: tl.constexpr):
 
 
 @triton.jit
+def store_rows(X, row, c, ok, x, C: tl.constexpr, ADD: tl.constexpr):
+    """x into X[row, c], contiguous, C channels a row; ADD: to what is there."""
+    at = X + (row[:, None] * C + c[None, :])
+    inside = ok[:, None] & (c < C)[None, :]
+    if ADD:
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, x.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def places_of(ORDER, row, ok, ORDERED: tl.constexpr):
     """Where the tokens that are read at ``row`` are stored, int64."""
     if ORDERED:
