@@ -6,13 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lba_exp import ops
 from lba_exp.nn import hippo
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
-from lba_exp.nn.gates import SelectiveGate
 from lba_exp.nn.head_norms import make_head_norm
 from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
 from lba_exp.nn.sequence_ranks import SequenceRanks
@@ -21,7 +19,6 @@ from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
-ROWS = 8  # a matrix product in half precision wants rows of so many numbers, 16 bytes
 EPS = 1e-6  # added to denominators, and to the mean square of the RMS norm
 
 
@@ -229,31 +226,14 @@ class LinearAttention(nn.Module):
             token = " and a class token" if self.class_token else ""
             expected = f"{self.orders.shape[1]} tokens, a grid of {self.grid[0]} x {self.grid[1]}{token}"
             raise ValueError(f"length: expected {expected}, for scan={self.scan!r}, got {x.shape[1]}")
-        qkv, log_gates = self._project(x)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
         # autocast runs some feature maps in float32
         q, k = self.feature_map(q).to(v.dtype), self.feature_map(k).to(v.dtype)
         if self.scale == "none":
             q = q * self.head_width**-0.5
         orders, places = ([None], [None]) if self.scan == "raster" else (self.orders, self.places)
-        each = zip(log_gates, orders, places, strict=True)
-        return [self._call(q, k, v, log_gate, padding_mask, order, back) for log_gate, order, back in each]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Queries, keys and values side by side, (B, L, 3 width), and what the gates give.
-
-        Compiled, the few columns of selective gates are made in the matrix product of the others, which reads x anyway.
-        """
-        gates = self._gates
-        if not torch.compiler.is_compiling() or any(type(gate) is not SelectiveGate for gate in gates):
-            return self.qkv(x), [gate(x) for gate in gates]
-        blocks = [self.qkv.weight, *(gate.projection.weight for gate in gates)]
-        sizes = [len(block) for block in blocks]
-        spare = -sum(sizes) % ROWS
-        weight = torch.cat([*blocks, x.new_zeros(spare, x.shape[-1], dtype=self.qkv.weight.dtype)])
-        bias = pad(self.qkv.bias, (0, sum(sizes[1:]) + spare))  # gates add their own in float32
-        qkv, *products, _ = nn.functional.linear(x, weight, bias).split([*sizes, spare], dim=-1)
-        return qkv, [gate.decay(product) for gate, product in zip(gates, products, strict=True)]
+        each = zip(self._gates, orders, places, strict=True)
+        return [self._call(q, k, v, gate(x), padding_mask, order, back) for gate, order, back in each]
 
     def _call(
         self,

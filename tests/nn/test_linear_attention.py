@@ -182,26 +182,6 @@ def test_under_autocast_the_gates_stay_float32_and_the_forms_agree(feature_map):
             assert (layer(x) - exact).norm() / exact.norm() < 3e-2
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("options", [{}, {"scan": "multi", "grid": (3, 4)}, {"gate": "fixed"}], ids=["one gate", "two gates", "fixed"])
-def test_compiled_the_gates_join_the_other_projections(options, half):
-    torch.manual_seed(7)
-    layer, x = LinearAttention(16, 2, **options), torch.randn(2, 12, 16)
-    results, products, linear = [], [], F.linear
-
-    def backend(graph, _):
-        products.extend(node for node in graph.graph.nodes if node.target is linear)
-        return graph
-
-    torch._dynamo.reset()
-    for run in (layer, torch.compile(layer, backend=backend, fullgraph=True)):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            y = run(x)
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))])
-    assert len(products) == 2  # with that of the output
-    assert all((one - other).norm() <= (2e-2 if half else 1e-5) * other.norm() for one, other in zip(*results, strict=True))
-
-
 def test_a_feature_map_that_widens_its_dtype_leaves_the_operands_alone():
     layer = LinearAttention(8, 2).bfloat16()
     layer.feature_map = lambda x: x.float().relu()  # as autocast does with exp on some devices

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, store_rows
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, start_rows, store_rows
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def keys_gradient_kernel(
     c = (BH + bh) * (NB * CB)
     a_row, a_row_low = load_sums(HIGH, LOW, a + row, EXACT)
     c_row, c_row_low = load_sums(HIGH, LOW, c + row, EXACT)
-    dk = tl.zeros((BT, BD), tl.float32)
-    dv_ = tl.zeros((BT, BDV), tl.float32)
+    dk = start_rows(DK, (b * length + place) * H + h, d, ok, BT, BD, D, ADD)
+    dv_ = start_rows(DV_, (b * length + place) * H + h, dv, ok, BT, BDV, DV, ADD)
     df = tl.zeros((BT,), tl.float32)
     dg = tl.zeros((BT,), tl.float32)
     own = tile % QT * BT
@@ -120,5 +120,5 @@ def keys_gradient_kernel(
     if MASKED:
         dk = tl.where(real[:, None], dk, 0.0)
     at = (b * length + place) * H + h
-    store_rows(DK, at, d, ok, dk, D, ADD)
-    store_rows(DV_, at, dv, ok, dv_, DV, ADD)
+    store_rows(DK, at, d, ok, dk, D)
+    store_rows(DV_, at, dv, ok, dv_, DV)

@@ -139,14 +139,15 @@ def _planned(kind: str, size: _Sizes, run):
     return plans.with_plan(kind, size.dtype, size.width, size.L, size.device, run)
 
 
-def _outputs(v: Tensor, call: Call, size: _Sizes) -> tuple[Tensor, Tensor]:
-    parts = call.scaled and not call.divided
-    out = size.empty(size.B, size.L, size.H, size.DV, dtype=torch.float32 if parts else v.dtype)
+def _outputs(v: Tensor, call: Call, size: _Sizes, parts: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    out = size.empty(size.B, size.L, size.H, size.DV, dtype=parts if call.scaled and not call.divided else v.dtype)
     return out, size.empty(size.B, size.H, size.L) if call.scaled else size.empty(0)
 
 
-def _forward(q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan, before=None) -> tuple[Tensor, Tensor]:
-    out, den = _outputs(v, call, size)
+def _forward(
+    q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan, before=None, parts: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, den = _outputs(v, call, size, parts)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     s, z = _states(size, call, plan, sums, k, v, mask, order) if blocks > 1 else (totals, totals)
     mask, mask_stride = _mask(mask, totals)
@@ -234,7 +235,7 @@ def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, room, f, 
 def forward_scans(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, orders: Tensor, call: Call):
     """Sum of the scans' numerators over the sum of their denominators plus eps each: (B, L, H, Dv), and that of the denominators (B, H, L).
 
-    f, g: None, (S, H) or (S, B, L, H); orders: (S, L). ``call`` is divided.
+    f, g: None, (S, H) or (S, B, L, H); orders: (S, L). ``call`` is divided. Half precision keeps numerators between scans in bfloat16.
     """
     size = _Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
@@ -246,7 +247,7 @@ def forward_scans(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor |
         found = None
         for n, order in enumerate(orders.contiguous()):
             one = last if n + 1 == len(orders) else replace(last, divided=False)
-            found = _forward(q, k, v, _scan(f, n), _scan(g, n), mask, order, one, size, plan, found)
+            found = _forward(q, k, v, _scan(f, n), _scan(g, n), mask, order, one, size, plan, found, size.dtype)
         return found
 
     return _planned("forward", size, run)

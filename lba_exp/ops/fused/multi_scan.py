@@ -1,7 +1,7 @@
 """Several scans of the same tokens in one operation of torch: their numerators and denominators meet inside the kernels.
 
 ``lba_exp::fused_scans_forward`` and ``lba_exp::fused_scans_backward``, as in ``operator.py``. Kept for the backward pass: q, k, v, the log
-decays, the padding mask, the output and the denominator; a numerator in float32 lives from one scan's kernel to the next.
+decays, the padding mask, the output and the denominator; a numerator lives from one scan's kernel to the next.
 """
 
 import torch

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, start_rows
 
 
 @triton.jit
@@ -40,8 +40,11 @@ def outputs_kernel(
     c = (BH + bh) * (NB * CB)
     a_row, a_row_low = load_sums(HIGH, LOW, a + row, EXACT)
     c_row, c_row_low = load_sums(HIGH, LOW, c + row, EXACT)
-    num = tl.zeros((BQ, BDV), tl.float32)
-    den = tl.zeros((BQ,), tl.float32)
+    num = start_rows(NUM_BEFORE, (b * length + place) * H + h, dv, ok, BQ, BDV, DV, ADD)
+    if ADD:
+        den = tl.load(DEN_BEFORE + bh * length + place, mask=ok, other=0.0)
+    else:
+        den = tl.zeros((BQ,), tl.float32)
     if STATES:
         cell = d[:, None] * DV + dv[None, :]
         in_cell = (d < D)[:, None] & (dv < DV)[None, :]
@@ -50,10 +53,10 @@ def outputs_kernel(
         if FORWARD:
             onto = factor(a_row, a_row_low, 0.0, 0.0, EXACT)
             s = tl.load(S + from_left * (D * DV) + cell, mask=in_cell, other=0.0)
-            num = tl.dot(q, s, input_precision=PRECISION) * onto[:, None]
+            num += tl.dot(q, s, input_precision=PRECISION) * onto[:, None]
             if SCALED:
                 z = tl.load(Z + from_left * D + d, mask=d < D, other=0.0)
-                den = tl.sum(q.to(tl.float32) * z[None, :], 1) * onto
+                den += tl.sum(q.to(tl.float32) * z[None, :], 1) * onto
         if BACKWARD:
             whole = tl.load(TOTALS + from_left)  # of the backward decays
             whole_low = tl.load(TOTALS + 2 * BH * NB + from_left)
@@ -80,11 +83,6 @@ def outputs_kernel(
         if SCALED:
             den += tl.sum(p, 1)
         num = tl.dot(p.to(COMPUTE), v, num, input_precision=PRECISION)
-    inside = ok[:, None] & (dv < DV)[None, :]
-    if ADD:
-        before = NUM_BEFORE + (((b * length + place) * H + h)[:, None] * DV + dv[None, :])
-        num += tl.load(before, mask=inside, other=0.0)
-        den += tl.load(DEN_BEFORE + bh * length + place, mask=ok, other=0.0)
     if SCALED:
         if MASKED:
             den = tl.where(real, den, 0.0)
@@ -94,4 +92,4 @@ def outputs_kernel(
                 den = tl.where(real, den, 1.0)
             num = num * (1.0 / (den + eps))[:, None]
     out = OUT + b * sob + h * soh + (place[:, None] * sol + dv[None, :])
-    tl.store(out, num.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(out, num.to(OUT.dtype.element_ty), mask=ok[:, None] & (dv < DV)[None, :])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, store_rows, whole_factor
+from lba_exp.ops.fused.tiles import decays, factor, load_rows, load_sums, places_of, real_tokens, start_rows, store_rows, whole_factor
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def queries_gradient_kernel(
     c = (BH + bh) * (NB * CB)
     a_row, a_row_low = load_sums(HIGH, LOW, a + row, EXACT)
     c_row, c_row_low = load_sums(HIGH, LOW, c + row, EXACT)
-    dq = tl.zeros((BT, BD), tl.float32)
+    dq = start_rows(DQ, (b * length + place) * H + h, d, ok, BT, BD, D, ADD)
     df = tl.zeros((BT,), tl.float32)
     dg = tl.zeros((BT,), tl.float32)
     all_f = tl.zeros((), tl.float32)
@@ -184,7 +184,7 @@ def queries_gradient_kernel(
         n[:, None], n[None, :], weight, WEIGHTED, FORWARD, BACKWARD, EXACT,
     )  # fmt: skip
     dq = tl.dot(t.to(COMPUTE), k, dq, input_precision=PRECISION)
-    store_rows(DQ, ((b * length + place) * H + h), d, ok, dq, D, ADD)
+    store_rows(DQ, (b * length + place) * H + h, d, ok, dq, D)
     if NEED_F > 0 or NEED_G > 0:
         t *= tl.dot(q, tl.trans(k), input_precision=PRECISION)
         steps = (n[:, None] - n[None, :]).to(tl.float32)

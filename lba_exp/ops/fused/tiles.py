@@ -11,13 +11,19 @@ def load_rows(X, b, h, row, sxb, sxl, sxh, c, ok, C: tl.constexpr):
 
 
 @triton.jit
-def store_rows(X, row, c, ok, x, C: tl.constexpr, ADD: tl.constexpr):
-    """x into X[row, c], contiguous, C channels a row; ADD: to what is there."""
-    at = X + (row[:, None] * C + c[None, :])
-    inside = ok[:, None] & (c < C)[None, :]
-    if ADD:
-        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, x.to(X.dtype.element_ty), mask=inside)
+def start_rows(X, row, c, ok, R: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, ADD: tl.constexpr):
+    """What a sum over (R, BC) begins with: with ADD X[row, c], contiguous, C channels a row, else zero."""
+    if ADD:  # read with the first tiles: at the end the program would wait for it
+        x = tl.load(X + (row[:, None] * C + c[None, :]), mask=ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    else:
+        x = tl.zeros((R, BC), tl.float32)
+    return x
+
+
+@triton.jit
+def store_rows(X, row, c, ok, x, C: tl.constexpr):
+    """x into X[row, c], contiguous, C channels a row."""
+    tl.store(X + (row[:, None] * C + c[None, :]), x.to(X.dtype.element_ty), mask=ok[:, None] & (c < C)[None, :])
 
 
 @triton.jit
