@@ -44,12 +44,12 @@ def test_listops_without_its_parentheses(tmp_path):
 
 
 def test_retrieval_gives_two_sequences_a_pair(tmp_path):
-    module = aan(lra.write_aan(tmp_path / "tsv_data"), eval_batch_size=8, bucket_steps=0)
+    module = aan(lra.write_aan(tmp_path / "tsv_data"), eval_batch_size=8, bucket_steps=0, max_length=24)
     assert module.spec.sizes == {"train": 8, "validation": 8, "test": 8} and module.spec.class_names == ["unrelated", "related"]
-    assert module.spec.length == 40 and module.spec.vocabulary == 258
+    assert module.spec.length == 24 and module.spec.vocabulary == 258
     [batch] = module.test_dataloader()
     texts = [[f'"{first}', f"{second} é"] for _, first, second in lra.pairs(8, 2)]
-    expected = [[[CLS, *text.encode()[:38], SEP] for text in pair] for pair in texts]
+    expected = [[[CLS, *text.encode()[:22], SEP] for text in pair] for pair in texts]
     longest = max(len(text) for pair in expected for text in pair)
     assert batch["inputs"].shape == batch["padding_mask"].shape == (8, 2, longest) and "token_types" not in batch
     got = [
@@ -57,8 +57,9 @@ def test_retrieval_gives_two_sequences_a_pair(tmp_path):
     ]
     assert got == expected and batch["labels"].tolist() == [label for label, *_ in lra.pairs(8, 2)]
     assert (batch["inputs"][~batch["padding_mask"]] == 0).all()
-    cut = sum(len(text.encode()) > 38 for pair in texts for text in pair)
-    assert cut and f"tsv_data, test split: {cut} of 16 texts are longer than data.max_length=40 tokens and are cut." in module.notes
+    cut = [sum(len(pair[tower].encode()) > 22 for pair in texts) for tower in range(2)]
+    assert min(cut) > 0 and max(cut) < 8
+    assert f"tsv_data, test split: {sum(cut)} of 16 texts are longer than data.max_length=24 tokens and are cut." in module.notes
 
 
 def test_pairs_are_sorted_by_the_longer_text(tmp_path):
