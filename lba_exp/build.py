@@ -50,6 +50,8 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     if "token_types" in inspect.signature(constructor).parameters:
         forward = getattr(registry.MODELS[cfg.model.kind], "forward", None)  # a plugin's may be a function
         settings["token_types"] = forward is not None and "token_types" in inspect.signature(forward).parameters
+    if "apart" in inspect.signature(constructor).parameters:
+        settings["apart"] = getattr(registry.MODELS[cfg.model.kind], "token_dimension", 1) == 2  # its inputs are pairs of sequences
     module = constructor(**settings)
     module.setup(None)
     return module

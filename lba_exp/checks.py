@@ -98,11 +98,13 @@ def _check_fit(cfg: DictConfig) -> None:
 def _check_text(cfg: DictConfig) -> None:
     """What a model of texts with labels needs."""
     data, kind = cfg.data, cfg.model.kind
-    if kind in registry.MODELS.builtin and kind not in ("text_classifier", "sequence_classifier"):
+    if kind in registry.MODELS.builtin and kind not in ("text_classifier", "sequence_classifier", "two_towers"):
         raise ConfigError(
             f"model.kind={kind} gives a text no label, which data.kind=text_classification needs: give text_classifier (from the first "
-            "token, as BERT does) or sequence_classifier (from the mean over all tokens)."
+            "token, as BERT does), sequence_classifier (from the mean over all tokens) or two_towers (of pairs, each text by itself)."
         )
+    if kind == "two_towers" and data.second_text_column is None:
+        raise ConfigError("model.kind=two_towers reads pairs of texts: name the second one's column (data.second_text_column).")
     if data.tokens == "wordpiece":
         vocabulary_file(data.vocabulary)
     elif data.vocabulary is not None:

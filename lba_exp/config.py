@@ -99,6 +99,7 @@ class DataSchema:
     image_column: str = setting("image", "column that holds the image")
     label_column: str = setting("label", "column that holds the class")
     size: int | None = setting(None, "resize images to size x size pixels", low=1)
+    padded_size: int | None = setting(None, "pad images with 0 all around to padded_size x padded_size pixels", low=1)
     pixel_mean: float | None = setting(None, "taken off pixels of 0 to 1; default: the training split's mean", low=0, high=1)
     pixel_deviation: float | None = setting(None, "pixels are divided by it; default: the training split's deviation", above=0)
     validation_fraction: float = setting(0.1, "share cut from the training data where there is no validation split", above=0, high=0.5)

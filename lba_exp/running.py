@@ -260,6 +260,8 @@ def _head(cfg, folder, task, trainer, data, replicas) -> dict[str, Any]:
         "variant": cfg.model.name,
         "group": naming.group(cfg),
         "data": naming.data_name(cfg),
+        "samples": dict(data.spec.sizes),
+        "length": data.spec.length,
         "experiment": cfg.origin.experiment,
         "sweep": cfg.origin.sweep,
         "row": cfg.origin.row,

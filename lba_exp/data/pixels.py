@@ -23,13 +23,15 @@ class Images:
         dataset: a ``datasets.Dataset`` with the column ``column`` of images (of any mode; files, or their bytes).
         size: resize to (size, size) pixels; None: as they are, all of one size.
         where: what to call the split in messages.
+        padded_size: then put in the middle of (padded_size, padded_size) pixels, 0 around (a row or column more behind than before, where
+            it cannot be the very middle); None: as they are.
 
     Raises:
         DataError: at once: no such column, or it holds no images; on access: an image that is missing, unreadable,
-            of more than 8 bits a channel, or of another size than the first.
+            of more than 8 bits a channel, of another size than the first, or larger than ``padded_size``.
     """
 
-    def __init__(self, dataset: Any, column: str, size: int | None, where: str):
+    def __init__(self, dataset: Any, column: str, size: int | None, where: str, padded_size: int | None = None):
         import datasets
 
         check_column(dataset, column, "image_column", where)
@@ -40,7 +42,7 @@ class Images:
             raise DataError(f"{where}: the column {column!r} (data.image_column) holds {kind}, not images.")
         self._rows = dataset.select_columns(column).with_format(None).cast_column(column, datasets.Image(decode=False))
         self._decoder = datasets.Image()
-        self.column, self.size, self.where = column, size, where
+        self.column, self.size, self.where, self.padded_size = column, size, where, padded_size
         self.shape: tuple[int, int] | None = None
         self.shape = self[0].shape
 
@@ -69,6 +71,12 @@ class Images:
         if self.size is not None and grey.size != (self.size, self.size):
             grey = grey.resize((self.size, self.size))
         pixels = np.asarray(grey)
+        if self.padded_size is not None:
+            if max(pixels.shape) > self.padded_size:
+                raise DataError(f"{which} has {_by(pixels.shape)} pixels, more than data.padded_size={self.padded_size} each way.")
+            room = [(self.padded_size - length) // 2 for length in pixels.shape]
+            around = [(before, self.padded_size - length - before) for before, length in zip(room, pixels.shape, strict=True)]
+            pixels = np.pad(pixels, around)
         if self.shape not in (None, pixels.shape):
             raise DataError(
                 f"{which} has {_by(pixels.shape)} pixels and the first one {_by(self.shape)}: set data.size to resize all to one size."

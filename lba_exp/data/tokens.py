@@ -110,6 +110,16 @@ class Bytes:
         return [{_CLS: "[CLS]", _SEP: "[SEP]"}.get(token) or bytes([token]).decode("latin-1") for token in ids]
 
 
+def side_by_side(first: Tokens, second: Tokens) -> Tokens:
+    """Samples of two texts that were encoded apart: [CLS] first [SEP] [CLS] second [SEP]; ``cut`` counts texts, not samples."""
+    parts = []
+    for row in range(len(first.second)):
+        parts += [tokens.flat[tokens.starts[row] : tokens.starts[row + 1]] for tokens in (first, second)]
+    joined = _joined(parts, first.lengths.astype(np.int32), first.cut + second.cut, first.flat.dtype)
+    joined.starts = joined.starts[::2]
+    return joined
+
+
 def _longest_first(lengths: list[int], room: int) -> list[int]:
     """Lengths that fit, the longer text cut first."""
     over = sum(lengths) - room
