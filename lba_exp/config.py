@@ -146,7 +146,7 @@ class OptimSchema:
     warmup_fraction: float = setting(0.1, "share of all steps in which the rate rises linearly", low=0, high=1)
     final_fraction: float = setting(0.0, "the rate at the end of the cosine over the peak rate", low=0, high=1)
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, high=0.99)
-    lr_batch: int | None = setting(None, "lr is for optimizer steps of so many samples, and scaled to the run's own; default: as it is", low=1)
+    lr_batch: int | None = setting(None, "lr is for steps of so many samples, and scaled to the run's own; default: lr as it is", low=1)
     warmup_epochs: float | None = setting(None, "epochs in which the rate rises, in place of warmup_fraction", low=0)
     ema_decay: float | None = setting(
         None,

@@ -36,7 +36,7 @@ class AugmentationSchema:
     magnitude: float = setting(9.0, "strength of the operations, 0 to 10", low=0, high=10)
     magnitude_deviation: float = setting(0.5, "standard deviation of the strength, drawn for each operation", low=0)
     colour_jitter: float = setting(0.0, "largest change of brightness, contrast and saturation, where rand_augment is off", low=0, high=1)
-    erasing: float = setting(0.0, "probability that a box of an image is replaced by noise, pixel by pixel (arXiv 1708.04896)", low=0, high=1)
+    erasing: float = setting(0.0, "probability that a box of an image becomes noise, pixel by pixel (arXiv 1708.04896)", low=0, high=1)
     repeats: int = setting(1, "augmented copies of an image in an epoch, of as many images fewer (arXiv 1901.09335)", low=1)
     mixup: float = setting(0.0, "parameter of mixup's beta distribution (arXiv 1710.09412); 0: off", low=0)
     cutmix: float = setting(0.0, "parameter of CutMix's beta distribution (arXiv 1905.04899); 0: off", low=0)

@@ -254,9 +254,7 @@ def test_repeated_samples_are_copies_with_draws_of_their_own(ranks):
     drawn = [sample for one in batches for batch in one for sample in batch]
     counts = np.bincount([index for index, _ in drawn], minlength=600)
     assert len(drawn) == 512 == len({number for _, number in drawn}) and sorted(set(counts)) == [0, 2, 3] and (counts == 2).sum() == 1
-    assert [sum(one.order.weight(number) for one in shared) for number in range(len(shared[0]))] == pytest.approx(
-        [ranks] * len(shared[0])
-    )
+    assert [sum(one.order.weight(number) for one in shared) for number in range(len(shared[0]))] == pytest.approx([ranks] * len(shared[0]))
     together = [index for index, _ in epoch(loader(600, 16 * ranks, repeats=3))[0]]
     assert [index for turn in zip(*(one[0] for one in batches), strict=True) for index, _ in turn] == together
     assert together[0] == together[1] == together[2] != together[3]
