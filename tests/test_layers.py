@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "config": BASE | {"config_parts"},
     "config_parts": BASE,
     "messages": BASE,
-    "checks": BASE | {"config", "messages", "data", "nn"},
+    "checks": BASE | {"config", "config_parts", "messages", "data", "nn"},
     "config_files": BASE | {"checks", "messages"},
     "trials": BASE,
     "composing": BASE | {"config", "config_files", "messages", "checks", "trials"},
