@@ -11,6 +11,7 @@ import lba_exp
 from lba_exp import build, checks
 from lba_exp.callbacks.averaging import MovingAverage
 from lba_exp.callbacks.checkpoints import load_checkpoint
+from lba_exp.commands import train as command
 from lba_exp.nn.norms import BatchNorm
 from lba_exp.results.folder import read_record
 from lba_exp.results.metrics_log import read_rows
@@ -156,3 +157,28 @@ def test_experiments_of_the_recipe_compose():
         checks.check(cfg)
         assert (cfg.augmentation.repeats, cfg.data.classes, cfg.optim.ema_decay, cfg.model.drop_path) == (3, 1000, 0.99996, 0.1)
         assert (cfg.model.name, cfg.data.test_split, cfg.trainer.gradient_clip_val) == ("softmax", "validation", None)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["data.source=./nowhere"], "the data folder ./nowhere does not exist"),
+        (["data.source=broken"], "image 2"),
+        (["data.source=broken", "augmentation.crop_scale=[0.5]"], "augmentation.crop_scale=[0.5] does not fit"),
+        (["data.source=broken", "augmentation.crop=resize"], "augmentation.crop=resize: 'resize' is not valid"),
+        (["data.source=broken", "model.kind=sequence_classifier"], "does not read whole images"),
+        (["data.source=broken", "data.channel_deviation=[0]"], "pixels are divided by it"),
+        (["data.source=broken", "trainer=fsdp", "optim.ema_decay=0.9"], "does not go with trainer=fsdp"),
+        (["data.source=broken", "trainer=ddp", "sequence_parallel_size=2", "augmentation=deit"], "parts of one image"),
+        (["data=digits", "model.kind=sequence_classifier", "augmentation=deit"], "augmentation.crop=resized is for data.kind=image"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(tmp_path, capsys, overrides, said):
+    broken(tmp_path / "broken")
+    run = ["size=vit_tiny", "data=image_folder", "data.channels=1", "data.size=4", "data.eval_resize=null", "data.channel_mean=null"]
+    run += ["data.channel_deviation=null", "model.patch_size=2", "logger=csv", "trainer.accelerator=cpu"]
+    with pytest.raises(SystemExit) as stop:
+        command.main([*run, *overrides])
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and said in complaint and "Traceback" not in complaint
+    assert not (tmp_path / "runs").exists()

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lba_exp.commands import train as command
 from lba_exp.config_parts import AugmentationSchema
 from lba_exp.data import image_classification as module_under_test
 from lba_exp.data.image_classification import ImageClassification
@@ -206,28 +205,3 @@ def test_an_image_that_breaks_while_training_is_named(tmp_path, monkeypatch):
     (tmp_path / "data" / "train" / "b" / "3.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(DataError, match=r"data, train split: image 8 \(.*b/3.png\) cannot be read as an image"):
         gather(data.train_dataloader())
-
-
-@pytest.mark.parametrize(
-    "overrides, said",
-    [
-        (["data.source=./nowhere"], "the data folder ./nowhere does not exist"),
-        (["data.source=broken"], "image 2"),
-        (["data.source=broken", "augmentation.crop_scale=[0.5]"], "augmentation.crop_scale=[0.5] does not fit"),
-        (["data.source=broken", "augmentation.crop=resize"], "augmentation.crop=resize: 'resize' is not valid"),
-        (["data.source=broken", "model.kind=sequence_classifier"], "does not read whole images"),
-        (["data.source=broken", "data.channel_deviation=[0]"], "pixels are divided by it"),
-        (["data.source=broken", "trainer=fsdp", "optim.ema_decay=0.9"], "does not go with trainer=fsdp"),
-        (["data.source=broken", "trainer=ddp", "sequence_parallel_size=2", "augmentation=deit"], "parts of one image"),
-        (["data=digits", "model.kind=sequence_classifier", "augmentation=deit"], "augmentation.crop=resized is for data.kind=image"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_code_1(tmp_path, capsys, overrides, said):
-    broken(tmp_path / "broken")
-    run = ["size=vit_tiny", "data=image_folder", "data.channels=1", "data.size=4", "data.eval_resize=null", "data.channel_mean=null"]
-    run += ["data.channel_deviation=null", "model.patch_size=2", "logger=csv", "trainer.accelerator=cpu"]
-    with pytest.raises(SystemExit) as stop:
-        command.main([*run, *overrides])
-    complaint = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 1 and said in complaint and "Traceback" not in complaint
-    assert not (tmp_path / "runs").exists()
