@@ -125,7 +125,7 @@ def test_repeated_augmentation_gives_copies_that_differ():
 
 
 def test_two_processes_evaluate_an_odd_number_of_images_once(tmp_path):
-    data = digits(batch_size=64, eval_batch_size=32, validation_fraction=0.1017, repeats=3, **FULL)
+    data = digits(batch_size=64, eval_batch_size=13, validation_fraction=0.1017, repeats=3, **FULL)
     assert data.spec.sizes["validation"] == 183
     ranks = fit(tmp_path, data, strategy="ddp_fork", devices=2)
     seen = torch.cat([torch.cat(rank["validation"]) for rank in ranks])
