@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class MovingAverage(WeightAveraging):
@@ -24,20 +24,26 @@ class MovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float):
-        def average(averages: Sequence[Tensor], current: Sequence[Tensor], number: Tensor) -> None:
-            # Lightning's and torch's own would take the average of whole numbers (the order of a scan), and cut it
-            if averages[0].is_floating_point():
-                torch._foreach_lerp_(averages, current, 1 - decay)
-            else:
-                torch._foreach_copy_(averages, current)
-
-        super().__init__(multi_avg_fn=average)
+        super().__init__()
+        self.decay = decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module is moved there later: the average would stay on the CPU
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # torch's own update waits for the device at every step, and takes the average of whole numbers (the order of a scan) too
+        if trainer.global_step == self._latest_update_step:
+            return
+        weight = 1 - self.decay if self._latest_update_step else 1.0
+        pairs = list(zip(_tensors(self._average_model.module), _tensors(pl_module), strict=True))
+        for floating, update in ((True, lambda a, b: torch._foreach_lerp_(a, b, weight)), (False, torch._foreach_copy_)):
+            if chosen := [pair for pair in pairs if pair[0].is_floating_point() == floating]:
+                update(*map(list, zip(*chosen, strict=True)))
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not yet: callbacks measure the weights at this point."""
@@ -48,3 +54,7 @@ class MovingAverage(WeightAveraging):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
