@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lba_exp
-from lba_exp import build, checks
+from lba_exp import build
 from lba_exp.callbacks.averaging import MovingAverage
 from lba_exp.callbacks.checkpoints import load_checkpoint
 from lba_exp.commands import train as command
@@ -152,9 +152,10 @@ def test_a_record_counts_skipped_images(tmp_path):
 
 
 def test_experiments_of_the_recipe_compose():
+    for name in ("fashion_mnist_deit", "fashion_mnist_patches", "cifar100_vit_tiny"):
+        assert lba_exp.compose([f"experiments={name}"]).data.kind == "image_classification"
     for size in ("tiny", "small", "base"):
         cfg = lba_exp.compose([f"experiments=imagenet_deit_{size}", "model=softmax"])
-        checks.check(cfg)
         assert (cfg.augmentation.repeats, cfg.data.classes, cfg.optim.ema_decay, cfg.model.drop_path) == (3, 1000, 0.99996, 0.1)
         assert (cfg.model.name, cfg.data.test_split, cfg.trainer.gradient_clip_val) == ("softmax", "validation", None)
 
@@ -182,3 +183,23 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(tmp_path, capsys, overrides, 
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 1 and said in complaint and "Traceback" not in complaint
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_on_two_processes(tmp_path):
+    """Each has batches, mixing and copies of its own, and the same average; one that is killed goes on as it would have."""
+    many = [*RUN, "trainer.strategy=ddp", "data.global_batch_size=256"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    forked.run_on_many(killed, many, kill=(1, ("on_train_batch_start", 6)))
+    results = []
+    for folder in (whole, killed):
+        answers = forked.run_on_many(folder, many)
+        assert [code for code, _ in answers] == [0, 0], answers
+        content = load_checkpoint(folder / "run" / "checkpoints" / "last.ckpt")
+        results.append((read_record(folder / "run")["metrics"], [content[part] for part in STATES]))
+    (metrics, parts), (again, same) = results
+    assert metrics == again and metrics["test"]["loss"] > 0
+    for one, other in zip(parts, same, strict=True):
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
