@@ -15,17 +15,7 @@ from typing import Any, Optional, Union
 from omegaconf import MISSING
 
 from lba_exp import registry
-
-
-def setting(default: Any, about: str, **bounds: Any) -> Any:
-    """A dataclass field with a one-line description and its bounds.
-
-    Bounds: ``low`` and ``high`` (inclusive), ``above`` (exclusive), ``choices`` (tuple), ``names`` (a Registry whose names are valid).
-    """
-    metadata = {"about": about, **bounds}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from lba_exp.config_parts import AugmentationSchema, setting
 
 
 @dataclass
@@ -100,6 +90,16 @@ class DataSchema:
     label_column: str = setting("label", "column that holds the class")
     size: int | None = setting(None, "resize images to size x size pixels", low=1)
     padded_size: int | None = setting(None, "pad images with 0 all around to padded_size x padded_size pixels", low=1)
+    eval_resize: int | None = setting(
+        None, "shorter side in pixels, of which validation and test take the middle, size x size; default: size", low=1
+    )
+    channels: int = setting(3, "an image as colours, 3, or grey, 1", low=1, high=3)
+    channel_mean: list[float] | None = setting(None, "each channel's mean of pixels of 0 to 1; default: the training split's own")
+    channel_deviation: list[float] | None = setting(None, "each channel's standard deviation; default: the training split's own")
+    classes: int | None = setting(None, "number of classes that the data must have; default: any", low=2)
+    unreadable: str = setting(
+        "error", "images that cannot be read end the run, or are looked for at its start, skipped and counted", choices=("error", "skip")
+    )
     pixel_mean: float | None = setting(None, "taken off pixels of 0 to 1; default: the training split's mean", low=0, high=1)
     pixel_deviation: float | None = setting(None, "pixels are divided by it; default: the training split's deviation", above=0)
     validation_fraction: float = setting(0.1, "share cut from the training data where there is no validation split", above=0, high=0.5)
@@ -147,6 +147,14 @@ class OptimSchema:
     warmup_fraction: float = setting(0.1, "share of all steps in which the rate rises linearly", low=0, high=1)
     final_fraction: float = setting(0.0, "the rate at the end of the cosine over the peak rate", low=0, high=1)
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, high=0.99)
+    lr_batch: int | None = setting(None, "lr is for steps of so many samples, and scaled to the run's own; default: lr as it is", low=1)
+    warmup_epochs: float | None = setting(None, "epochs in which the rate rises, in place of warmup_fraction", low=0)
+    ema_decay: float | None = setting(
+        None,
+        "validation, test and checkpoints have the moving average of the weights: d * average + (1 - d) * weights a step; default: none",
+        above=0,
+        high=0.999999,
+    )
 
 
 @dataclass
@@ -258,6 +266,7 @@ class RunSchema:
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)
+    augmentation: AugmentationSchema = field(default_factory=AugmentationSchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
     trainer: Any = field(default_factory=lambda: trainer_schema()())
     parity: ParitySchema = field(default_factory=ParitySchema)

@@ -278,6 +278,7 @@ def _head(cfg, folder, task, trainer, data, replicas) -> dict[str, Any]:
             "accumulated": trainer.accumulate_grad_batches,
             "global": data.batch_size * replicas * trainer.accumulate_grad_batches,
         },
+        "skipped_images": getattr(data, "skipped", None) or None,
         "git": git_state(),
         "environment": build.describe_environment(trainer),
     }

@@ -11,11 +11,11 @@ import torch
 from lba_exp.data import lra_release
 from lba_exp.data.base import SplitData
 from lba_exp.data.catalogue import check
-from lba_exp.data.labels import SPLITS, cut_splits, read_labels, some
+from lba_exp.data.labels import SPLITS, check_classes, cut_splits, read_labels
 from lba_exp.data.mapped import holds, read_images
 from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
 from lba_exp.data.prepared import Manifest
-from lba_exp.data.reading import pick_splits, read_splits
+from lba_exp.data.reading import drop_unreadable, pick_splits, read_splits
 from lba_exp.data.sources import resolve_source
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import DataError
@@ -41,6 +41,7 @@ class PixelSequences(SplitData):
         image_column, label_column: where images and labels are; labels are ClassLabel, integers 0..n-1 or strings.
         size: resize to size x size pixels; None: as they are.
         padded_size: then put in the middle of padded_size x padded_size pixels, 0 around; None: as they are.
+        unreadable: "error", or "skip": images that cannot be read are looked for in ``setup``, left out and counted.
         pixel_mean, pixel_deviation: in place of the training split's own, for pixels in 0..1.
         validation_fraction, test_fraction: share of the source's training split that becomes a split which the source lacks, by label.
         split_seed: of those cuts.
@@ -52,6 +53,7 @@ class PixelSequences(SplitData):
 
     Attributes:
         notes: what happened to the data, in sentences, after ``setup``.
+        skipped: split of the source -> images left out, where there are any.
 
     Raises:
         DataError: an unknown ``augment`` or ``layout``; in ``setup``: data that is missing or not as described.
@@ -66,6 +68,7 @@ class PixelSequences(SplitData):
         label_column: str = "label",
         size: int | None = None,
         padded_size: int | None = None,
+        unreadable: str = "error",
         pixel_mean: float | None = None,
         pixel_deviation: float | None = None,
         validation_fraction: float = 0.1,
@@ -86,10 +89,11 @@ class PixelSequences(SplitData):
         self.source, self.name, self.image_column, self.label_column, self.size = source, name, image_column, label_column, size
         self.validation_fraction, self.test_fraction, self.split_seed = validation_fraction, test_fraction, split_seed
         self.padded_size, self.pixel_mean, self.pixel_deviation = padded_size, pixel_mean, pixel_deviation
-        self.augment, self.layout = augment, layout
+        self.augment, self.layout, self.unreadable = augment, layout, unreadable
+        self.notes: list[str] = []
+        self.skipped: dict[str, int] = {}
         self._raw: dict[str, Any] | None = None
         self._prepared: Manifest | None = None
-        self.notes: list[str] = []
 
     def prepare_data(self) -> None:
         """Reads, or downloads, on one process; the others then find it in the cache."""
@@ -130,8 +134,11 @@ class PixelSequences(SplitData):
     def _decoded(self, source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str], tuple[int, int]]:
         """Pixels and labels of each split of the source, the classes' names, and height and width."""
         raw, self._raw = self._raw or self._read(source), None
+        if self.unreadable == "skip":
+            raw, self.skipped, notes = drop_unreadable(raw, self.image_column, source.name, self.workers)
+            self.notes += notes
         images = {
-            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split", self.padded_size)
+            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split", padded_size=self.padded_size)
             for split, dataset in raw.items()
         }
         labels, class_names = read_labels(raw, self.label_column, source.name)
@@ -167,13 +174,7 @@ class PixelSequences(SplitData):
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Normalise as a trained model was, whose checkpoint holds ``state``; raises DataError where its classes are others."""
-        theirs, own = list(state["class_names"]), list(self.spec.class_names)
-        named = not all(name.isdecimal() for name in theirs) and not all(name.isdecimal() for name in own)
-        if len(theirs) != len(own) or (named and theirs != own):
-            raise DataError(
-                f"{self.spec.name} has the classes {some(own)}, and the model was trained on {some(theirs)}: give data of those classes, "
-                "in that order."
-            )
+        check_classes(self.spec.name, self.spec.class_names, state["class_names"])
         self._normalise = Normalise(state["mean"], state["deviation"], self.layout)
 
     def shown(self, inputs: torch.Tensor) -> list[np.ndarray]:

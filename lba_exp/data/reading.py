@@ -16,6 +16,7 @@ from lba_exp.data.sources import Source, nearest_embedded
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
 
+SHOWN = 5  # unreadable images that are named
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 
 
@@ -57,6 +58,25 @@ def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | N
         if not len(dataset):
             raise DataError(f"the {split} split of {name} is empty: every split needs samples.")
     return splits
+
+
+def drop_unreadable(splits: Mapping[str, Any], column: str, name: str, workers: int) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """The splits of a source called ``name`` without the images that cannot be read; how many those are, by split, and what to tell.
+
+    Raises:
+        DataError: no such column, or a split of which no image can be read.
+    """
+    from lba_exp.data.pixels import readable
+
+    kept, skipped, notes = {}, {}, []
+    for split, dataset in splits.items():
+        where = f"{name}, {split} split"
+        kept[split], names = readable(dataset, column, where, workers)
+        if names:
+            skipped[split] = len(names)
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            notes.append(f"{where}: {len(names):,} of {len(dataset):,} images cannot be read and are skipped: {shown}.")
+    return kept, skipped, notes
 
 
 def digits() -> Any:

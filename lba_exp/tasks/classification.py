@@ -20,6 +20,7 @@ from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import SequenceSplit, StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
 from lba_exp.tasks.metrics import score, split_metrics
+from lba_exp.tasks.mixing import Mixing, hard
 
 TRAIN_MEANS = "train_means"  # key of a checkpoint
 
@@ -39,12 +40,24 @@ def total_steps(trainer: pl.Trainer) -> int:
     Trainer.estimated_stepping_batches would set the training loader up before the checkpoint is read, and its place in the data would then
     not be restored (seen in Lightning 2.6).
     """
-    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+    steps = steps_an_epoch(trainer) * (trainer.max_epochs or 0)
     if trainer.max_epochs in (None, -1):
         return trainer.max_steps
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
+def steps_an_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps of an epoch."""
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def scaled_rate(lr: float, lr_batch: int | None, trainer: pl.Trainer) -> float:
+    """The peak rate: ``lr`` times the samples of an optimizer step on all devices over ``lr_batch`` (arXiv 1706.02677); None: ``lr``."""
+    if lr_batch is None:
+        return lr
+    return lr * trainer.datamodule.train_dataloader().order.global_batch * trainer.accumulate_grad_batches / lr_batch
 
 
 class Classification(pl.LightningModule):
@@ -65,6 +78,8 @@ class Classification(pl.LightningModule):
         seed: the run's seed; dropout in batch i of epoch e is a function of (seed, e, i, rank).
         hyper_parameters: the resolved configuration as a plain dict, kept in the checkpoint.
         metrics: of validation and test, see ``split_metrics``.
+        mixing: settings of ``Mixing``, which training batches go through; None: none. Accuracy in training then counts the class with the
+            largest share as the right one.
         monitor: "val/score" where the mean of these metrics, logged as the score, is what chooses the best checkpoint; else the accuracy.
     """
 
@@ -80,6 +95,7 @@ class Classification(pl.LightningModule):
         hyper_parameters: dict[str, Any] | None = None,
         metrics: Sequence[str] = ("accuracy",),
         monitor: str = "val/accuracy",
+        mixing: dict[str, float] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -94,6 +110,7 @@ class Classification(pl.LightningModule):
         self.val_loss, self.val_metrics = SampleMean(), split_metrics(metrics, classes)
         self.test_loss, self.test_metrics = SampleMean(), split_metrics(metrics, classes)
         self.scored = tuple(metrics) if monitor == "val/score" else ()
+        self._mixing = None if mixing is None else Mixing(classes, **mixing)
         self._targets = StepTargets()
         self._split = SequenceSplit()
         self._trained = False  # whether the training means hold anything; the same on every device
@@ -132,13 +149,13 @@ class Classification(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, labels = self.logits_and_labels(batch)
+        logits, labels = self.logits_and_labels(batch if self._mixing is None else self._mixing(batch))
         loss = mean_loss(logits, labels, self.optim["label_smoothing"])
         weight, self._trained = batch_weight(self.trainer, batch_idx), True
         if weight and self._counted(labels):
             self.train_loss.update(loss.detach(), len(logits))
             for metric in self.train_metrics.values():
-                metric.update(logits.detach(), labels)
+                metric.update(logits.detach(), hard(labels))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self.targets_vary:
             weight = self._targets.weight(self.trainer, batch_idx, len(labels) if weight else 0, loss.device)
@@ -221,16 +238,18 @@ class Classification(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         o = self.optim
         groups = weight_decay_groups(self.model, o["weight_decay"])
-        optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"])
-        total = total_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
-        )
+        rate = scaled_rate(o["lr"], o.get("lr_batch"), self.trainer)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=tuple(o["betas"]), eps=o["eps"])
+        total, warmup = total_steps(self.trainer), o["warmup_fraction"]
+        if o.get("warmup_epochs") is not None:
+            warmup = min(1.0, o["warmup_epochs"] * steps_an_epoch(self.trainer) / total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, o["final_fraction"]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def mean_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean cross entropy in float32, (n, classes) and (n,) -> (); 0 where n is 0. For one class, the mean squared error."""
+    """The mean cross entropy in float32, (n, classes) and (n,) or, mixed, (n, classes) -> (); 0 where n is 0. For one class, the mean
+    squared error."""
     if not len(labels):
         return logits.float().sum()
     if logits.shape[-1] == 1:

@@ -283,7 +283,7 @@ class Counter(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(batch["inputs"].flatten(1))
-        return self.weight(batch["inputs"]).mean()
+        return self.weight(batch["inputs"].flatten(1)[..., :1]).mean()
 
     def validation_step(self, batch, batch_idx):
         self.seen["validation"].append(batch["inputs"].flatten(1))
