@@ -24,13 +24,15 @@ from lba_exp.tasks.metrics import score, split_metrics
 TRAIN_MEANS = "train_means"  # key of a checkpoint
 
 
-def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine."""
+def rate_over_peak(step: int, total: int, warmup_fraction: float, final_fraction: float, schedule: str = "cosine") -> float:
+    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine, or a line
+    (``schedule="linear"``), down to ``final_fraction``."""
     warmup = round(warmup_fraction * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return final_fraction + (1 - final_fraction) * left
 
 
 def total_steps(trainer: pl.Trainer) -> int:
@@ -39,11 +41,11 @@ def total_steps(trainer: pl.Trainer) -> int:
     Trainer.estimated_stepping_batches would set the training loader up before the checkpoint is read, and its place in the data would then
     not be restored (seen in Lightning 2.6).
     """
-    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
     if trainer.max_epochs in (None, -1):
         return trainer.max_steps
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 
@@ -220,11 +222,13 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         o = self.optim
-        groups = weight_decay_groups(self.model, o["weight_decay"])
+        # torch's AdamW multiplies the decay by the rate: over the peak rate it becomes a share of each step, times rate / peak rate
+        decay = o["weight_decay"] / o["lr"] if o.get("decay_per_step") else o["weight_decay"]
+        groups = weight_decay_groups(self.model, decay)
         optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"])
         total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
+            optimizer, lambda step: rate_over_peak(step, total, o["warmup_fraction"], o["final_fraction"], o.get("schedule", "cosine"))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
