@@ -45,6 +45,21 @@ def test_a_masked_model_learns_from_tokens_of_its_own(corpus, tokens, tmp_path):
     assert ("trained on the texts: " in said) == ("data.tokens=bytes" not in tokens)
 
 
+def test_a_vocabulary_that_does_not_fit_the_weights_is_named(corpus, tmp_path):
+    run = [*LM, *corpus, "model=lion_s", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "parity=off"]
+    lba_exp.train(compose([*run, "folder=first"]), quiet=True)
+    words = Path(corpus[1].partition("=")[2]).read_text()
+    for text, sentence in (
+        (words + "mouse\n", "first has a vocabulary of 19 tokens, and data.vocabulary one of 20: give the one it was trained with"),
+        (words.replace("house", "mouse"), "first was trained with another vocabulary of as many tokens"),
+    ):
+        (tmp_path / "other.txt").write_text(text)
+        with pytest.raises(ConfigError, match=sentence):
+            lba_exp.train(compose([*run, f"data.vocabulary={tmp_path / 'other.txt'}", "init_from=first", "folder=second"]), quiet=True)
+        assert not Path("second").exists()
+    lba_exp.train(compose([*run, "init_from=first", "folder=second"]), quiet=True)
+
+
 def test_a_causal_model_runs_on_longer_texts_than_it_was_trained_on(corpus, tmp_path, capsys):
     record = lba_exp.train(compose([*LM, *corpus, *CAUSAL, "trainer.max_epochs=3", "optim.lr=5e-3", "folder=run"]), quiet=True)
     assert record["parity"]["verdict"] == "pass" and record["metrics"]["test"]["perplexity"] < 6
