@@ -159,8 +159,8 @@ def test_every_entry_composes():
             composing.compose([f"{group}={option}"])
 
     def needs(name):
-        source = ["data.source=digits"] if name.startswith(("fashion", "text", "lra")) else []
-        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "glue")) else [])
+        source = ["data.source=digits"] if name.startswith(("fashion", "text", "causal", "lra")) else []
+        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "causal", "mlm", "glue")) else [])
 
     for experiment in composing.options("experiments"):
         assert composing.compose([f"experiments={experiment}", *needs(experiment)]).origin.experiment == experiment

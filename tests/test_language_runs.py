@@ -80,14 +80,15 @@ def test_a_causal_model_runs_on_longer_texts_than_it_was_trained_on(corpus, tmp_
 
 
 STREAM = [*LM, "model=lion_s", "data=text_stream", "data.test_split=test", "data.global_batch_size=16", "trainer.max_epochs=-1"]
-STREAM += ["trainer.max_steps=9", "trainer.val_check_interval=4", "data.shuffle_blocks=30", "optim.lr=3e-3", "parity=off"]
+STREAM += ["trainer.max_steps=8", "trainer.val_check_interval=4", "data.shuffle_blocks=30", "optim.lr=3e-3", "parity=off"]
 STREAM += ["checkpoint.every_n_steps=1", "trainer.log_every_n_steps=1", "folder=run", "model.dropout=0.1"]
 
 
 def kept_of(folder):
     content = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     rows = [{k: v for k, v in row.items() if not k.startswith("efficiency")} for row in read_rows(folder / "run" / "metrics.csv")]
-    return content["state_dict"], rows
+    [loader] = content["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return content["state_dict"], rows, loader
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,10 @@ def test_a_streamed_run_that_was_killed_goes_on_bit_equal(corpus, tmp_path, devi
         answers = forked.run_on_many(tmp_path / name, run, devices)
         assert [code for code, _ in answers] == [0] * devices, answers
         kept.append((*kept_of(tmp_path / name), answers[0][1][1]["metrics"]))
-    (weights, rows, metrics), (others, again, same) = kept
+    (weights, rows, loader, metrics), (others, again, place, same) = kept
+    assert loader == place and loader["position"] == 8 and len(loader["places"]) == devices  # each device's own lanes
+    blocks = [place["serial"] + place["emitted"] for places in loader["places"] for place in places]
+    assert sum(blocks) == 8 * 16 and len(blocks) == devices * max(1, workers)
     # means over both parts of a run's training are sums in another order
     assert [pytest.approx(row, rel=1e-6) for row in rows] == again and metrics["test"] == same["test"]
     assert [row["step"] for row in rows if "val/loss" in row] == [4, 8]
