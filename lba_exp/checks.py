@@ -95,19 +95,21 @@ def _check_fit(cfg: DictConfig) -> None:
                 )
     if data.kind == "token_sequences" and model in ("vit", "two_towers", "masked_lm", "causal_lm"):
         raise ConfigError(f"model.kind={model} does not read single sequences with a class (data={data.name}): give sequence_classifier.")
-    if data.kind == "text_blocks":
+    if data.kind in ("text_blocks", "text_stream"):
         objective = {"masked_lm": "masked", "causal_lm": "causal"}.get(model)
         if objective is None and model in registry.MODELS.builtin:
-            raise ConfigError(f"model.kind={model} is no language model, which data.kind=text_blocks needs: give masked_lm or causal_lm.")
+            raise ConfigError(f"model.kind={model} is no language model, which data.kind={data.kind} needs: give masked_lm or causal_lm.")
         if objective is not None and data.objective != objective:
             raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
-        vocabulary_file(data.vocabulary)
+        _check_vocabulary(data)
+    if data.kind == "text_stream":
+        _check_stream(cfg)
     if data.kind == "text_classification":
         _check_text(cfg)
     elif cfg.checkpoint.monitor == "val/score" and data.kind in registry.DATA.builtin:
         raise ConfigError(f"checkpoint.monitor=val/score is for texts with labels, not for data.kind={data.kind}: give val/accuracy.")
     _check_first_token(cfg.model)
-    task = "language_modelling" if data.kind == "text_blocks" else "classification"
+    task = "language_modelling" if data.kind in ("text_blocks", "text_stream") else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
 
@@ -141,6 +143,28 @@ def _check_averaging(cfg: DictConfig) -> None:
         raise ConfigError(f"{given} does not go with trainer=fsdp, which shards the weights: give trainer=ddp, or optim.ema_decay=null.")
 
 
+def _check_stream(cfg: DictConfig) -> None:
+    """A stream has no end, and nothing to come back to."""
+    trainer = cfg.trainer
+    if trainer.max_epochs not in (None, -1) or trainer.max_steps < 1:
+        raise ConfigError("data.kind=text_stream has no end that a run could reach: give trainer.max_epochs=-1 trainer.max_steps=N.")
+    if trainer.overfit_batches:
+        raise ConfigError("trainer.overfit_batches does not go with data.kind=text_stream, which gives no batch twice: give data=text.")
+    if cfg.optim.warmup_epochs is not None:
+        raise ConfigError("optim.warmup_epochs means nothing to data.kind=text_stream, which has no epochs: give optim.warmup_fraction.")
+
+
+def _check_vocabulary(data: DictConfig) -> None:
+    """One vocabulary, or the size of one to train, or none for bytes."""
+    given = [f"data.{key}={data[key]}" for key in ("vocabulary", "vocabulary_size") if data[key] is not None]
+    if data.tokens == "bytes" and given:
+        raise ConfigError(f"{given[0]} means nothing to data.tokens=bytes: leave it out.")
+    if len(given) == 2:
+        raise ConfigError(f"{given[0]} is given, and {given[1]} of one to train: leave one of them out.")
+    if data.tokens != "bytes" and data.vocabulary_size is None:
+        vocabulary_file(data.vocabulary)
+
+
 def _check_text(cfg: DictConfig) -> None:
     """What a model of texts with labels needs."""
     data, kind = cfg.data, cfg.model.kind
@@ -151,10 +175,7 @@ def _check_text(cfg: DictConfig) -> None:
         )
     if kind == "two_towers" and data.second_text_column is None:
         raise ConfigError("model.kind=two_towers reads pairs of texts: name the second one's column (data.second_text_column).")
-    if data.tokens == "wordpiece":
-        vocabulary_file(data.vocabulary)
-    elif data.vocabulary is not None:
-        raise ConfigError(f"data.vocabulary={data.vocabulary} means nothing to data.tokens=bytes: leave it out.")
+    _check_vocabulary(data)
     valid = ("pearson", "spearman") if data.target == "number" else ("accuracy", "f1", "matthews")
     for metric in data.metrics:
         if metric not in valid:
@@ -240,7 +261,7 @@ def _check_trainer(trainer: DictConfig) -> None:
         if isinstance(value, int) and value < 1 and not (name == "max_epochs" and value == -1):
             raise ConfigError(f"trainer.{name}={value} does not fit: give an integer >= 1.")
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
-        raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the cosine needs an end, so give one of them.")
+        raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the learning rate needs an end, so give one of them.")
 
 
 def _check_bounds(cfg: Any, schema: Any, prefix: str) -> None:

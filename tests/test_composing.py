@@ -157,10 +157,12 @@ def test_every_entry_composes():
     for group in ("optim", "trainer", "logger", "parity", "debug"):
         for option in composing.options(group):
             composing.compose([f"{group}={option}"])
+    for option in composing.options("augmentation"):
+        composing.compose(["size=vit_tiny", "data=digits_images", f"augmentation={option}"])
 
     def needs(name):
-        source = ["data.source=digits"] if name.startswith(("fashion", "text", "lra")) else []
-        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "glue")) else [])
+        source = ["data.source=digits"] if name.startswith(("fashion", "text", "causal", "lra")) else []
+        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "causal", "mlm", "glue")) else [])
 
     for experiment in composing.options("experiments"):
         assert composing.compose([f"experiments={experiment}", *needs(experiment)]).origin.experiment == experiment

@@ -20,7 +20,8 @@ from lba_exp.data.sources import Source, resolve_source
 from lba_exp.data.spec import DataSpec
 from lba_exp.data.tables import read_tables
 from lba_exp.data.text import cut
-from lba_exp.data.tokens import KINDS, Bytes, Tokens, WordPieces, side_by_side
+from lba_exp.data.tokens import Bytes, Tokens, WordPieces, side_by_side
+from lba_exp.data.vocabulary import KINDS
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
 
@@ -43,8 +44,8 @@ class TextClassification(SplitData):
         label_column: the column of the labels.
         target: "classes" (class labels, integers from 0, or strings), or "number".
         metrics: of validation and test, beside the accuracy, see ``lba_exp.tasks.metrics``; their mean is the score.
-        tokens: "wordpiece" or "bytes".
-        vocabulary, lowercase: of WordPiece.
+        tokens: "wordpiece", "bpe" or "bytes".
+        vocabulary, lowercase: see ``lba_exp.data.vocabulary.given``.
         max_length: tokens of a sample (with ``apart``: of a text) at most, at least 8; longer texts are cut, and counted in ``notes``.
         pad_multiple: lengths of batches are multiples of this.
         bucket_steps: batches are sorted by length among so many steps, see ``Buckets``; 0: not at all.
@@ -103,7 +104,7 @@ class TextClassification(SplitData):
         self.source, self.name, self.label_column, self.target = source, name, label_column, target
         self.text_columns = {"text_column": text_column, "second_text_column": second_text_column}
         self.metrics = tuple(metrics) or (("pearson", "spearman") if target == "number" else ("accuracy",))
-        self.tokenizer = Bytes(max_length) if tokens == "bytes" else WordPieces(vocabulary, lowercase, max_length)
+        self.tokenizer = Bytes(max_length) if tokens == "bytes" else WordPieces(tokens, vocabulary, lowercase, max_length)
         self.max_length, self.bucket_steps, self.glue_task = max_length, bucket_steps, glue_task
         self.named = {"train": train_split, "validation": validation_split, "test": test_split}
         self.fractions = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}

@@ -18,6 +18,8 @@ from lba_exp.errors import DataError
 
 GRACE = 300  # seconds that a worker has left after SIGTERM
 _REPEATED = 256  # an epoch of repeated samples is a multiple of it, as in DeiT
+# workers are children of this very process: those of a fork server never notice that a run was killed, and stay for ever
+FORK = "fork" if sys.platform == "linux" else None
 
 
 class EpochOrder:
@@ -250,11 +252,10 @@ class ResumableLoader:
                 sampler=self._plan,
                 num_workers=self.workers,
                 persistent_workers=True,
-                collate_fn=_as_is,
+                collate_fn=as_is,
                 generator=torch.Generator(),
-                worker_init_fn=_outlast_sigterm,
-                # children of this very process: those of a fork server never notice that a run was killed, and stay for ever
-                multiprocessing_context="fork" if sys.platform == "linux" else None,
+                worker_init_fn=outlast_sigterm,
+                multiprocessing_context=FORK,
             )
         self._plan[:] = plan
         iterator = iter(self._torch_loader)  # the same one every epoch
@@ -285,10 +286,10 @@ class _Fetch:
             return error  # raised in a worker it would arrive wrapped in the worker's traceback
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
     return batch
 
 
-def _outlast_sigterm(worker: int) -> None:
+def outlast_sigterm(worker: int) -> None:
     """Slurm and torchrun send SIGTERM to every process of a run: one that loads goes on, for the run to save its step, and ends with it."""
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

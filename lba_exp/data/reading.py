@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ def read_all(source: Source) -> Mapping[str, Any]:
     return _read_folder(source.path) if source.kind == "folder" else _read_hub(source)
 
 
+def stream_splits(source: Source, named: Mapping[str, str | None]) -> dict[str, Any]:
+    """split -> ``datasets.IterableDataset``, read while it is iterated over; ``named`` and errors as of ``pick_splits``."""
+    if source.kind == "embedded":
+        raise DataError(f"{source.name} holds images, and no texts: give a folder or a hub name (data.source).")
+    found = _read_folder(source.path, streaming=True) if source.kind == "folder" else _read_hub(source, streaming=True)
+    return pick_splits(found, source.name, named)
+
+
 def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | None]) -> dict[str, Any]:
     """train, validation and test of what a source called ``name`` has.
 
@@ -55,7 +63,7 @@ def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | N
     if "train" not in splits:
         raise DataError(f"{name} has no split named train: it has {', '.join(map(str, found)) or 'none'}.")
     for split, dataset in splits.items():
-        if not len(dataset):
+        if isinstance(dataset, Sized) and not len(dataset):
             raise DataError(f"the {split} split of {name} is empty: every split needs samples.")
     return splits
 
@@ -102,7 +110,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _read_folder(path: Path) -> Mapping[str, Any]:
+def _read_folder(path: Path, *, streaming: bool = False) -> Mapping[str, Any]:
     import datasets
 
     if is_prepared(path):
@@ -114,8 +122,9 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
-            return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        return datasets.load_dataset(str(path))
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return {split: found.to_iterable_dataset() for split, found in saved.items()} if streaming else saved
+        return datasets.load_dataset(str(path), streaming=streaming)
     except Exception as error:  # whatever `datasets` trips over in a stranger's folder
         if empty := _empty_split(path, error):
             raise DataError(f"the {empty} split of {path.name} is empty: every split needs samples.") from error
@@ -135,12 +144,12 @@ def _empty_split(path: Path, error: Exception) -> str | None:
     return next((split for split, state in saved if not state.get("_data_files")), None)
 
 
-def _read_hub(source: Source) -> Mapping[str, Any]:
+def _read_hub(source: Source, *, streaming: bool = False) -> Mapping[str, Any]:
     import datasets
 
     name = source.repository
     try:
-        return datasets.load_dataset(name, source.config)
+        return datasets.load_dataset(name, source.config, streaming=streaming)
     except Exception as error:  # the hub's client raises errors of several libraries
         no_folder = "there is no local folder of that name"
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):

@@ -25,13 +25,15 @@ from lba_exp.tasks.mixing import Mixing, hard
 TRAIN_MEANS = "train_means"  # key of a checkpoint
 
 
-def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine."""
+def rate_over_peak(step: int, total: int, warmup_fraction: float, final_fraction: float, schedule: str = "cosine") -> float:
+    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine, or a line
+    (``schedule="linear"``), down to ``final_fraction``."""
     warmup = round(warmup_fraction * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return final_fraction + (1 - final_fraction) * left
 
 
 def total_steps(trainer: pl.Trainer) -> int:
@@ -40,9 +42,9 @@ def total_steps(trainer: pl.Trainer) -> int:
     Trainer.estimated_stepping_batches would set the training loader up before the checkpoint is read, and its place in the data would then
     not be restored (seen in Lightning 2.6).
     """
-    steps = steps_an_epoch(trainer) * (trainer.max_epochs or 0)
     if trainer.max_epochs in (None, -1):
         return trainer.max_steps
+    steps = steps_an_epoch(trainer) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 
@@ -57,7 +59,9 @@ def scaled_rate(lr: float, lr_batch: int | None, trainer: pl.Trainer) -> float:
     """The peak rate: ``lr`` times the samples of an optimizer step on all devices over ``lr_batch`` (arXiv 1706.02677); None: ``lr``."""
     if lr_batch is None:
         return lr
-    return lr * trainer.datamodule.train_dataloader().order.global_batch * trainer.accumulate_grad_batches / lr_batch
+    data = trainer.datamodule
+    batches = trainer.world_size // data.sequence_parallel_size * trainer.accumulate_grad_batches
+    return lr * data.batch_size * batches / lr_batch
 
 
 class Classification(pl.LightningModule):
@@ -237,13 +241,16 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         o = self.optim
-        groups = weight_decay_groups(self.model, o["weight_decay"])
         rate = scaled_rate(o["lr"], o.get("lr_batch"), self.trainer)
+        # torch's AdamW multiplies the decay by the rate: over the peak rate it becomes a share of each step, times rate / peak rate
+        decay = o["weight_decay"] / rate if o.get("decay_per_step") else o["weight_decay"]
+        groups = weight_decay_groups(self.model, decay)
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=tuple(o["betas"]), eps=o["eps"])
         total, warmup = total_steps(self.trainer), o["warmup_fraction"]
         if o.get("warmup_epochs") is not None:
             warmup = min(1.0, o["warmup_epochs"] * steps_an_epoch(self.trainer) / total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, o["final_fraction"]))
+        course = (total, warmup, o["final_fraction"], o.get("schedule", "cosine"))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_over_peak(step, *course))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -46,7 +46,7 @@ def test_listops_without_its_parentheses(tmp_path):
 def test_retrieval_gives_two_sequences_a_pair(tmp_path):
     module = aan(lra.write_aan(tmp_path / "tsv_data"), eval_batch_size=8, bucket_steps=0, max_length=24)
     assert module.spec.sizes == {"train": 8, "validation": 8, "test": 8} and module.spec.class_names == ["unrelated", "related"]
-    assert module.spec.length == 24 and module.spec.vocabulary == 258
+    assert module.spec.length == 24 and module.spec.vocabulary == 259
     [batch] = module.test_dataloader()
     texts = [[f'"{first}', f"{second} é"] for _, first, second in lra.pairs(8, 2)]
     expected = [[[CLS, *text.encode()[:22], SEP] for text in pair] for pair in texts]
