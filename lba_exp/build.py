@@ -177,9 +177,9 @@ class Parts:
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        found = (self.efficiency, Divergence(), self.parity, self.decays, self.samples, self.recorder)
-        found += (self.average, self.preemption, Resplitting())  # the average after all that looks at it, before what writes checkpoints
-        return [c for c in found if c is not None]
+        # the average before what saves the step after which a run was asked to end: that step is part of it
+        found = (self.efficiency, Divergence(), self.parity, self.decays, self.samples, self.recorder, self.average, self.preemption)
+        return [c for c in (*found, Resplitting()) if c is not None]
 
 
 def keeps_checkpoints(cfg: DictConfig) -> bool:

@@ -50,11 +50,15 @@ def uninterrupted(tmp_path_factory):
     return folder / "run", answer[1]
 
 
-@pytest.mark.parametrize("step", [3, 6])
-def test_a_killed_run_of_the_whole_recipe_ends_as_if_it_had_not_been(tmp_path, uninterrupted, step):
+@pytest.mark.parametrize(("step", "number"), [(3, signal.SIGKILL), (6, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_a_stopped_run_of_the_whole_recipe_ends_as_if_it_had_not_been(tmp_path, uninterrupted, step, number):
+    """SIGTERM: the average that is saved has the very step after which the run is saved."""
     whole, record = uninterrupted
-    assert forked.run(tmp_path, RUN, ("on_train_batch_start", step))[0] == -signal.SIGKILL
-    assert read_record(tmp_path / "run") is None
+    code, answer = forked.run(tmp_path, RUN, ("on_train_batch_start", step), number=number)
+    if number == signal.SIGKILL:
+        assert code == -number and read_record(tmp_path / "run") is None
+    else:
+        assert "after step 2, which is saved" in answer[1]
     code, answer = forked.run(tmp_path, RUN)
     assert (code, answer[0]) == (0, "record"), answer
     assert answer[1]["metrics"] == record["metrics"] and record["parity"]["verdict"] == "pass"
