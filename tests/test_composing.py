@@ -186,6 +186,16 @@ def test_the_working_folder_comes_before_the_package():
     assert composing.compose(["experiments=digits_lion_s"]).seed == 77
 
 
+def test_a_run_leaves_the_logging_of_its_process_alone(monkeypatch):
+    """A further command in the process would find loggers switched off: Hydra's, by which --info speaks, are among them."""
+    root, other = logging.getLogger(), logging.getLogger("hydra._internal.hydra")
+    before = (root.level, list(root.handlers), other.disabled)
+    monkeypatch.setattr("lba_exp.running.train", lambda cfg: {})
+    with pytest.raises(SystemExit) as stop:
+        command.main([])
+    assert stop.value.code == 0 and (root.level, root.handlers, other.disabled) == before and not other.disabled
+
+
 @pytest.fixture
 def _logging_as_before():
     """Hydra's --info logs to the stdout of the moment, for good."""
