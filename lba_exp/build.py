@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from lba_exp import registry, tracking
+from lba_exp.callbacks.averaging import MovingAverage
 from lba_exp.callbacks.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from lba_exp.callbacks.decays import Decays
 from lba_exp.callbacks.divergence import Divergence
@@ -47,9 +48,13 @@ def data_module(cfg: DictConfig) -> pl.LightningDataModule:
     settings.pop("global_batch_size")  # a matter of the number of devices, see ``batch_size``
     constructor = registry.DATA[settings.pop("kind")]
     settings = fitting(constructor, settings, DataSchema(), "data") | {"name": naming.data_name(cfg), "seed": cfg.seed}
+    if "augmentation" in inspect.signature(constructor).parameters:
+        settings["augmentation"] = OmegaConf.to_container(cfg.augmentation)
     if "token_types" in inspect.signature(constructor).parameters:
         forward = getattr(registry.MODELS[cfg.model.kind], "forward", None)  # a plugin's may be a function
         settings["token_types"] = forward is not None and "token_types" in inspect.signature(forward).parameters
+    if "apart" in inspect.signature(constructor).parameters:
+        settings["apart"] = getattr(registry.MODELS[cfg.model.kind], "token_dimension", 1) == 2  # its inputs are pairs of sequences
     module = constructor(**settings)
     module.setup(None)
     return module
@@ -123,10 +128,12 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
     constructor = registry.TASKS[cfg.task]
     judged = {"metrics": spec.metrics, "monitor": cfg.checkpoint.monitor}
     taken = inspect.signature(constructor).parameters  # a task of a plugin may be judged in its own way
+    mixed = {key: plain["augmentation"][key] for key in ("mixup", "cutmix", "mix_probability", "cutmix_share")}
+    judged["mixing"] = mixed if mixed["mixup"] or mixed["cutmix"] else None
+    if judged["mixing"] and "mixing" not in taken:
+        raise ConfigError(f"augmentation.mixup and cutmix are not done by task={cfg.task}: give 0 for both.")
     judged = {key: value for key, value in judged.items() if key in taken}
-    built = constructor(
-        model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain, **judged
-    )
+    built = constructor(model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain, **judged)
     if cfg.compile:
         built.compile_model()
     if cfg.sequence_parallel_size > 1:
@@ -166,11 +173,13 @@ class Parts:
         self.preemption = Preemption(requests, folder / "checkpoints" if keeps_checkpoints(cfg) else None)
         self.decays = Decays()
         self.samples = Samples()
+        self.average = None if cfg.optim.ema_decay is None else MovingAverage(cfg.optim.ema_decay)
         self.recorder = Recorder(tuple(c for c in (self.parity, self.efficiency) if c is not None), console)
 
     def callbacks(self) -> list[pl.Callback]:
-        found = (self.efficiency, Divergence(), self.parity, self.decays, self.samples, self.recorder, self.preemption, Resplitting())
-        return [c for c in found if c is not None]
+        # the average before what saves the step after which a run was asked to end: that step is part of it
+        found = (self.efficiency, Divergence(), self.parity, self.decays, self.samples, self.recorder, self.average, self.preemption)
+        return [c for c in (*found, Resplitting()) if c is not None]
 
 
 def keeps_checkpoints(cfg: DictConfig) -> bool:

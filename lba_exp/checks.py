@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from lba_exp import registry
 from lba_exp.config import TRAINER_OWNED, MixerSchema, run_schema
+from lba_exp.config_parts import AugmentationSchema
 from lba_exp.data.sources import check_source, vocabulary_file
 from lba_exp.errors import ConfigError
 from lba_exp.messages import bounds_words, unknown
@@ -55,6 +56,8 @@ def check(cfg: DictConfig) -> None:
     if len(cfg.optim.betas) != 2 or not all(0 <= b < 1 for b in cfg.optim.betas):
         raise ConfigError(f"optim.betas={list(cfg.optim.betas)} does not fit: give two numbers in [0, 1).")
     _check_fit(cfg)
+    if cfg.optim.ema_decay is not None:
+        _check_averaging(cfg)
     _check_trainer(cfg.trainer)
     if cfg.sequence_parallel_size > 1:
         _check_sequence_parallel(cfg)
@@ -76,37 +79,103 @@ def _check_fit(cfg: DictConfig) -> None:
             raise ConfigError(f"model.kind={model} does not take data.layout={data.layout}: give data.layout={layout}.")
         if model in ("two_towers", "masked_lm", "text_classifier", "causal_lm"):
             raise ConfigError(f"model.kind={model} does not read images (data.kind={data.kind}): give data=text, or a model of images.")
+    if data.kind == "image_classification":
+        if model in registry.MODELS.builtin and model != "vit":
+            raise ConfigError(
+                f"model.kind={model} does not read whole images (data.kind={data.kind}): give size=vit_tiny, vit_small or vit_base, "
+                "or data=images for sequences of pixels."
+            )
+        _check_images(cfg)
+    elif data.kind in registry.DATA.builtin:
+        for key, default in vars(AugmentationSchema()).items():
+            if cfg.augmentation[key] != default:
+                raise ConfigError(
+                    f"augmentation.{key}={cfg.augmentation[key]} is for data.kind=image_classification, not for {data.kind}: "
+                    "give augmentation=none, or data=image_folder."
+                )
     if data.kind == "token_sequences" and model in ("vit", "two_towers", "masked_lm", "causal_lm"):
         raise ConfigError(f"model.kind={model} does not read single sequences with a class (data={data.name}): give sequence_classifier.")
-    if data.kind == "text_blocks":
+    if data.kind in ("text_blocks", "text_stream"):
         objective = {"masked_lm": "masked", "causal_lm": "causal"}.get(model)
         if objective is None and model in registry.MODELS.builtin:
-            raise ConfigError(f"model.kind={model} is no language model, which data.kind=text_blocks needs: give masked_lm or causal_lm.")
+            raise ConfigError(f"model.kind={model} is no language model, which data.kind={data.kind} needs: give masked_lm or causal_lm.")
         if objective is not None and data.objective != objective:
             raise ConfigError(f"model.kind={model} does not go with data.objective={data.objective}: give data.objective={objective}.")
-        vocabulary_file(data.vocabulary)
+        _check_vocabulary(data)
+    if data.kind == "text_stream":
+        _check_stream(cfg)
     if data.kind == "text_classification":
         _check_text(cfg)
     elif cfg.checkpoint.monitor == "val/score" and data.kind in registry.DATA.builtin:
         raise ConfigError(f"checkpoint.monitor=val/score is for texts with labels, not for data.kind={data.kind}: give val/accuracy.")
     _check_first_token(cfg.model)
-    task = "language_modelling" if data.kind == "text_blocks" else "classification"
+    task = "language_modelling" if data.kind in ("text_blocks", "text_stream") else "classification"
     if data.kind in registry.DATA.builtin and cfg.task in registry.TASKS.builtin and cfg.task != task:
         raise ConfigError(f"task={cfg.task} does not go with data.kind={data.kind}: give task={task}.")
+
+
+def _check_images(cfg: DictConfig) -> None:
+    """What whole images and their augmentation need, beyond the bounds of each number."""
+    augmentation, data = cfg.augmentation, cfg.data
+    for key, low, high in (("crop_scale", 0, 1), ("crop_ratio", 0, math.inf)):
+        pair = list(augmentation[key])
+        if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+            within = ", at most 1" if high == 1 else ""
+            raise ConfigError(f"augmentation.{key}={pair} does not fit: give two numbers above 0{within}, the smaller first.")
+    for key in ("channel_mean", "channel_deviation"):
+        if data[key] is not None and not all(0 <= value <= 1 for value in data[key]):
+            raise ConfigError(f"data.{key}={list(data[key])} does not fit: give numbers from 0 to 1, as for pixels of 0 to 1.")
+    if data.channel_deviation is not None and min(data.channel_deviation, default=1) <= 0:
+        raise ConfigError(f"data.channel_deviation={list(data.channel_deviation)} does not fit: pixels are divided by it.")
+    if (augmentation.mixup or augmentation.cutmix) and cfg.sequence_parallel_size > 1:
+        raise ConfigError(
+            f"augmentation.mixup and cutmix do not go with sequence_parallel_size={cfg.sequence_parallel_size}, whose devices would mix "
+            "parts of one image in different ways: give 0 for both, or 1."
+        )
+
+
+def _check_averaging(cfg: DictConfig) -> None:
+    """The moving average is of weights that are whole on every device."""
+    given, size = f"optim.ema_decay={cfg.optim.ema_decay}", cfg.sequence_parallel_size
+    if size > 1:
+        raise ConfigError(f"{given} does not go with sequence_parallel_size={size}: give 1, or optim.ema_decay=null.")
+    if cfg.trainer.strategy == "fsdp2":
+        raise ConfigError(f"{given} does not go with trainer=fsdp, which shards the weights: give trainer=ddp, or optim.ema_decay=null.")
+
+
+def _check_stream(cfg: DictConfig) -> None:
+    """A stream has no end, and nothing to come back to."""
+    trainer = cfg.trainer
+    if trainer.max_epochs not in (None, -1) or trainer.max_steps < 1:
+        raise ConfigError("data.kind=text_stream has no end that a run could reach: give trainer.max_epochs=-1 trainer.max_steps=N.")
+    if trainer.overfit_batches:
+        raise ConfigError("trainer.overfit_batches does not go with data.kind=text_stream, which gives no batch twice: give data=text.")
+    if cfg.optim.warmup_epochs is not None:
+        raise ConfigError("optim.warmup_epochs means nothing to data.kind=text_stream, which has no epochs: give optim.warmup_fraction.")
+
+
+def _check_vocabulary(data: DictConfig) -> None:
+    """One vocabulary, or the size of one to train, or none for bytes."""
+    given = [f"data.{key}={data[key]}" for key in ("vocabulary", "vocabulary_size") if data[key] is not None]
+    if data.tokens == "bytes" and given:
+        raise ConfigError(f"{given[0]} means nothing to data.tokens=bytes: leave it out.")
+    if len(given) == 2:
+        raise ConfigError(f"{given[0]} is given, and {given[1]} of one to train: leave one of them out.")
+    if data.tokens != "bytes" and data.vocabulary_size is None:
+        vocabulary_file(data.vocabulary)
 
 
 def _check_text(cfg: DictConfig) -> None:
     """What a model of texts with labels needs."""
     data, kind = cfg.data, cfg.model.kind
-    if kind in registry.MODELS.builtin and kind not in ("text_classifier", "sequence_classifier"):
+    if kind in registry.MODELS.builtin and kind not in ("text_classifier", "sequence_classifier", "two_towers"):
         raise ConfigError(
             f"model.kind={kind} gives a text no label, which data.kind=text_classification needs: give text_classifier (from the first "
-            "token, as BERT does) or sequence_classifier (from the mean over all tokens)."
+            "token, as BERT does), sequence_classifier (from the mean over all tokens) or two_towers (of pairs, each text by itself)."
         )
-    if data.tokens == "wordpiece":
-        vocabulary_file(data.vocabulary)
-    elif data.vocabulary is not None:
-        raise ConfigError(f"data.vocabulary={data.vocabulary} means nothing to data.tokens=bytes: leave it out.")
+    if kind == "two_towers" and data.second_text_column is None:
+        raise ConfigError("model.kind=two_towers reads pairs of texts: name the second one's column (data.second_text_column).")
+    _check_vocabulary(data)
     valid = ("pearson", "spearman") if data.target == "number" else ("accuracy", "f1", "matthews")
     for metric in data.metrics:
         if metric not in valid:
@@ -192,7 +261,7 @@ def _check_trainer(trainer: DictConfig) -> None:
         if isinstance(value, int) and value < 1 and not (name == "max_epochs" and value == -1):
             raise ConfigError(f"trainer.{name}={value} does not fit: give an integer >= 1.")
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
-        raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the cosine needs an end, so give one of them.")
+        raise ConfigError("trainer.max_epochs and trainer.max_steps are both open: the learning rate needs an end, so give one of them.")
 
 
 def _check_bounds(cfg: Any, schema: Any, prefix: str) -> None:

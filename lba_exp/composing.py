@@ -25,7 +25,7 @@ from lba_exp.config_files import check_file
 from lba_exp.errors import ConfigError
 
 CONFIG_NAME = "train"
-GROUPS = ("model", "size", "data", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
+GROUPS = ("model", "size", "data", "augmentation", "optim", "trainer", "logger", "parity", "debug", "experiments", "sweeps")
 ROW_KEYS = ("origin.row", "origin.row_overrides")  # how a sweep tells a job which of its variants it is
 GLOBAL_GROUPS = ("debug", "experiments", "sweeps")  # their files need `# @package _global_`
 

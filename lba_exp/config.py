@@ -15,17 +15,7 @@ from typing import Any, Optional, Union
 from omegaconf import MISSING
 
 from lba_exp import registry
-
-
-def setting(default: Any, about: str, **bounds: Any) -> Any:
-    """A dataclass field with a one-line description and its bounds.
-
-    Bounds: ``low`` and ``high`` (inclusive), ``above`` (exclusive), ``choices`` (tuple), ``names`` (a Registry whose names are valid).
-    """
-    metadata = {"about": about, **bounds}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from lba_exp.config_parts import AugmentationSchema, setting
 
 
 @dataclass
@@ -99,6 +89,17 @@ class DataSchema:
     image_column: str = setting("image", "column that holds the image")
     label_column: str = setting("label", "column that holds the class")
     size: int | None = setting(None, "resize images to size x size pixels", low=1)
+    padded_size: int | None = setting(None, "pad images with 0 all around to padded_size x padded_size pixels", low=1)
+    eval_resize: int | None = setting(
+        None, "shorter side in pixels, of which validation and test take the middle, size x size; default: size", low=1
+    )
+    channels: int = setting(3, "an image as colours, 3, or grey, 1", low=1, high=3)
+    channel_mean: list[float] | None = setting(None, "each channel's mean of pixels of 0 to 1; default: the training split's own")
+    channel_deviation: list[float] | None = setting(None, "each channel's standard deviation; default: the training split's own")
+    classes: int | None = setting(None, "number of classes that the data must have; default: any", low=2)
+    unreadable: str = setting(
+        "error", "images that cannot be read end the run, or are looked for at its start, skipped and counted", choices=("error", "skip")
+    )
     pixel_mean: float | None = setting(None, "taken off pixels of 0 to 1; default: the training split's mean", low=0, high=1)
     pixel_deviation: float | None = setting(None, "pixels are divided by it; default: the training split's deviation", above=0)
     validation_fraction: float = setting(0.1, "share cut from the training data where there is no validation split", above=0, high=0.5)
@@ -113,8 +114,15 @@ class DataSchema:
     augment: str = setting("none", "training augmentation: none, or shifts by up to a pixel", choices=("none", "shift"))
     layout: str = setting("pixels", "an image as a sequence of pixels, or whole, for models that cut patches", choices=("pixels", "image"))
     text_column: str = setting("text", "column that holds the text")
-    vocabulary: str | None = setting(None, "file of a WordPiece vocabulary, one token a line, or a folder with vocab.txt")
-    lowercase: bool = setting(True, "texts are put into lower case, without accents, as an uncased vocabulary needs")
+    tokens: str = setting("wordpiece", "what a text is cut into", choices=("wordpiece", "bpe", "bytes"))
+    vocabulary: str | None = setting(None, "WordPiece tokens, one a line (vocab.txt), or a tokenizer.json; the file, or its folder")
+    vocabulary_size: int | None = setting(None, "tokens of a vocabulary trained on the training texts, in place of data.vocabulary", low=64)
+    lowercase: bool = setting(
+        True, "texts are put into lower case, without accents, as an uncased vocabulary needs; a tokenizer.json says so itself"
+    )
+    cache: str | None = setting(None, "folder for trained vocabularies and tokens; default: lba_exp in the cache of datasets")
+    shuffle_blocks: int = setting(10_000, "blocks of a stream that are shuffled among themselves", low=1)
+    eval_texts: int = setting(10_000, "texts of a stream's validation and test split that are read, the first ones", low=1)
     max_length: int = setting(128, "tokens of a block of text, or of a text at most", low=8)
     objective: str = setting("masked", "predict masked tokens, or the next one", choices=("masked", "causal"))
     mask_fraction: float = setting(0.3, "share of the tokens that training predicts", above=0, high=0.9)
@@ -124,7 +132,6 @@ class DataSchema:
     metrics: list[str] = setting(
         [], "metrics of validation and test, whose mean is the score: accuracy, f1, matthews; of numbers: pearson, spearman"
     )
-    tokens: str = setting("wordpiece", "what a text to classify is cut into", choices=("wordpiece", "bytes"))
     pad_multiple: int = setting(8, "batches of texts are padded to a multiple of so many tokens", low=1)
     bucket_steps: int = setting(50, "texts are sorted by length among so many steps; 0: not at all", low=0)
     train_split: str | None = setting(None, "the source's name of its training split; default: train, training")
@@ -141,11 +148,25 @@ class DataSchema:
 class OptimSchema:
     lr: float = setting(2e-3, "peak learning rate of AdamW", above=0)
     weight_decay: float = setting(0.05, "decoupled weight decay; never on norms, biases, embeddings of position and gates", low=0)
+    decay_per_step: bool = setting(
+        False,
+        "what weight_decay says: false: a step takes off weight_decay x rate of a weight (torch's AdamW); true: weight_decay x rate / peak "
+        "rate (MosaicML's DecoupledAdamW)",
+    )
     betas: list[float] = setting([0.9, 0.999], "AdamW's two averaging rates")
     eps: float = setting(1e-8, "added to AdamW's denominator", above=0)
     warmup_fraction: float = setting(0.1, "share of all steps in which the rate rises linearly", low=0, high=1)
-    final_fraction: float = setting(0.0, "the rate at the end of the cosine over the peak rate", low=0, high=1)
+    schedule: str = setting("cosine", "how the rate falls after its rise", choices=("cosine", "linear"))
+    final_fraction: float = setting(0.0, "the rate at the end over the peak rate", low=0, high=1)
     label_smoothing: float = setting(0.1, "label smoothing of the training loss", low=0, high=0.99)
+    lr_batch: int | None = setting(None, "lr is for steps of so many samples, and scaled to the run's own; default: lr as it is", low=1)
+    warmup_epochs: float | None = setting(None, "epochs in which the rate rises, in place of warmup_fraction", low=0)
+    ema_decay: float | None = setting(
+        None,
+        "validation, test and checkpoints have the moving average of the weights: d * average + (1 - d) * weights a step; default: none",
+        above=0,
+        high=0.999999,
+    )
 
 
 @dataclass
@@ -257,6 +278,7 @@ class RunSchema:
     threads: int | None = setting(None, "CPU threads of torch; default: torch's own choice", low=1)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)
+    augmentation: AugmentationSchema = field(default_factory=AugmentationSchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
     trainer: Any = field(default_factory=lambda: trainer_schema()())
     parity: ParitySchema = field(default_factory=ParitySchema)

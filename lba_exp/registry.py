@@ -95,8 +95,10 @@ TASKS = Registry(
 DATA = Registry(
     "data",
     {
+        "image_classification": "lba_exp.data.image_classification:ImageClassification",
         "pixel_sequences": "lba_exp.data.images:PixelSequences",
         "text_blocks": "lba_exp.data.text:TextBlocks",
+        "text_stream": "lba_exp.data.text_stream:TextStream",
         "text_classification": "lba_exp.data.labelled:TextClassification",
         "token_sequences": "lba_exp.data.sequences:TokenSequences",
     },

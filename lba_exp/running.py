@@ -260,6 +260,8 @@ def _head(cfg, folder, task, trainer, data, replicas) -> dict[str, Any]:
         "variant": cfg.model.name,
         "group": naming.group(cfg),
         "data": naming.data_name(cfg),
+        "samples": dict(data.spec.sizes),
+        "length": data.spec.length,
         "experiment": cfg.origin.experiment,
         "sweep": cfg.origin.sweep,
         "row": cfg.origin.row,
@@ -276,6 +278,7 @@ def _head(cfg, folder, task, trainer, data, replicas) -> dict[str, Any]:
             "accumulated": trainer.accumulate_grad_batches,
             "global": data.batch_size * replicas * trainer.accumulate_grad_batches,
         },
+        "skipped_images": getattr(data, "skipped", None) or None,
         "git": git_state(),
         "environment": build.describe_environment(trainer),
     }

@@ -49,6 +49,9 @@ def initialise(model: nn.Module, path: Path, data: Any = None) -> list[str]:
     own = model.state_dict()
     parts = getattr(model, "own_parts", ())
     if not parts:
+        if EMBEDDING in own and EMBEDDING in weights and (there := len(weights[EMBEDDING])) != len(own[EMBEDDING]):
+            raise ConfigError(_other_vocabulary(source, there, len(own[EMBEDDING])))
+        _check_vocabulary(content, data, source)
         check_weights(own, weights, source)
         model.load_state_dict(weights)
         return []
@@ -83,9 +86,7 @@ def _check_encoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], conf
         raise ConfigError(f"{source} holds no encoder of text (no {EMBEDDING}): give a masked language model, or a text classifier.")
     (vocabulary, width), (tokens, here) = theirs[EMBEDDING].shape, own[EMBEDDING].shape
     if vocabulary not in (tokens, *(-(-tokens // to) * to for to in ROUND)):
-        raise ConfigError(
-            f"{source} has a vocabulary of {vocabulary:,} tokens, and data.vocabulary one of {tokens:,}: give the one it was trained with."
-        )
+        raise ConfigError(_other_vocabulary(source, vocabulary, tokens))
     depth, heads = _depth(theirs), config.get("heads")
     for key, theirs_value, own_value in (
         ("width", width, here),
@@ -104,6 +105,10 @@ def _check_encoder(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], conf
             f"{source} has {len(theirs[POSITIONS])} positions, and data.max_length={len(own[POSITIONS])}: "
             f"give data.max_length={len(theirs[POSITIONS])}, or less."
         )
+
+
+def _other_vocabulary(source: str, there: int, here: int) -> str:
+    return f"{source} has a vocabulary of {there:,} tokens, and data.vocabulary one of {here:,}: give the one it was trained with."
 
 
 def _check_vocabulary(content: Mapping[str, Any], data: Any, source: str) -> None:

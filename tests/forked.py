@@ -21,6 +21,7 @@ CONTEXT.set_forkserver_preload(
         "lba_exp.running",
         "lba_exp.commands.train",
         "lba_exp.sweeping.local",
+        "lba_exp.data.image_classification",
         "lba_exp.data.images",
         "lba_exp.models.classifier",
         "sklearn.datasets",

@@ -157,10 +157,12 @@ def test_every_entry_composes():
     for group in ("optim", "trainer", "logger", "parity", "debug"):
         for option in composing.options(group):
             composing.compose([f"{group}={option}"])
+    for option in composing.options("augmentation"):
+        composing.compose(["size=vit_tiny", "data=digits_images", f"augmentation={option}"])
 
     def needs(name):
-        source = ["data.source=digits"] if name.startswith(("fashion", "text", "lra")) else []
-        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "glue")) else [])
+        source = ["data.source=digits"] if name.startswith(("fashion", "text", "causal", "lra")) else []
+        return source + ([f"data.vocabulary={__file__}"] if name.startswith(("text", "causal", "mlm", "glue")) else [])
 
     for experiment in composing.options("experiments"):
         assert composing.compose([f"experiments={experiment}", *needs(experiment)]).origin.experiment == experiment
@@ -182,6 +184,16 @@ def test_the_command_line_wins_over_the_sweep_file():
 def test_the_working_folder_comes_before_the_package():
     write(Path("experiments/digits_lion_s.yaml"), "# @package _global_\nseed: 77\n")
     assert composing.compose(["experiments=digits_lion_s"]).seed == 77
+
+
+def test_a_run_leaves_the_logging_of_its_process_alone(monkeypatch):
+    """A further command in the process would find loggers switched off: Hydra's, by which --info speaks, are among them."""
+    root, other = logging.getLogger(), logging.getLogger("hydra._internal.hydra")
+    before = (root.level, list(root.handlers), other.disabled)
+    monkeypatch.setattr("lba_exp.running.train", lambda cfg: {})
+    with pytest.raises(SystemExit) as stop:
+        command.main([])
+    assert stop.value.code == 0 and (root.level, root.handlers, other.disabled) == before and not other.disabled
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def _samples(trainer: pl.Trainer, epoch: int, number: int, device: int) -> list[
     if order is None:
         return []
     order.rank = device * order.world_size // trainer.world_size  # devices that share sequences have the same
-    return order.batches(epoch)[number].tolist()
+    return (order.batches(epoch)[number] % order.distinct).tolist()
 
 
 def advice(trainer: pl.Trainer) -> str:

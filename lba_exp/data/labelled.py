@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lba_exp.data import lra_release
 from lba_exp.data.base import SplitData
 from lba_exp.data.buckets import Buckets
 from lba_exp.data.glue import is_original, read_original
@@ -19,7 +20,8 @@ from lba_exp.data.sources import Source, resolve_source
 from lba_exp.data.spec import DataSpec
 from lba_exp.data.tables import read_tables
 from lba_exp.data.text import cut
-from lba_exp.data.tokens import KINDS, Bytes, Tokens, WordPieces
+from lba_exp.data.tokens import Bytes, Tokens, WordPieces, side_by_side
+from lba_exp.data.vocabulary import KINDS
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
 
@@ -31,16 +33,20 @@ class TextClassification(SplitData):
     "labels": (B,) int64, or float32 for numbers}`` and, for pairs, ``"token_types": (B, L) int64``, 1 in the second text. L is the longest
     sample's length, rounded up to a multiple of ``pad_multiple``. Tokens are kept in memory, 2 to 4 bytes each.
 
+    With ``apart``, for models of two towers, each text of a pair is a sequence of its own, [CLS] text [SEP], and ``inputs`` and
+    ``padding_mask`` are (B, 2, L).
+
     Args:
-        source: a local folder or a hub name, see ``lba_exp.data.sources`` and ``lba_exp.data.tables``.
+        source: a local folder or a hub name, see ``lba_exp.data.sources`` and ``lba_exp.data.tables``; or Retrieval in Long Range Arena's
+            own download (columns text1, text2, label), see ``lba_exp.data.lra_release``.
         name: what the data set is called; None: from ``source``.
         text_column, second_text_column: the columns of the texts; None: no second one.
         label_column: the column of the labels.
         target: "classes" (class labels, integers from 0, or strings), or "number".
         metrics: of validation and test, beside the accuracy, see ``lba_exp.tasks.metrics``; their mean is the score.
-        tokens: "wordpiece" or "bytes".
-        vocabulary, lowercase: of WordPiece.
-        max_length: tokens of a sample at most, at least 8; longer texts are cut, and counted in ``notes``.
+        tokens: "wordpiece", "bpe" or "bytes".
+        vocabulary, lowercase: see ``lba_exp.data.vocabulary.given``.
+        max_length: tokens of a sample (with ``apart``: of a text) at most, at least 8; longer texts are cut, and counted in ``notes``.
         pad_multiple: lengths of batches are multiples of this.
         bucket_steps: batches are sorted by length among so many steps, see ``Buckets``; 0: not at all.
         train_split, validation_split, test_split: the source's names of the splits; None: the usual ones.
@@ -48,6 +54,7 @@ class TextClassification(SplitData):
         split_seed: of those cuts.
         glue_task: name of a task whose files in GLUE's own layout are read too, see ``lba_exp.data.glue``.
         token_types: put them into the batches of pairs.
+        apart: the two texts of a pair are two sequences.
         batch_size, eval_batch_size: samples a batch on one device, in training and otherwise.
         workers: processes that load; 0: the training process itself.
         seed: of the training order.
@@ -83,6 +90,7 @@ class TextClassification(SplitData):
         split_seed: int = 0,
         glue_task: str | None = None,
         token_types: bool = True,
+        apart: bool = False,
         batch_size: int = 64,
         eval_batch_size: int = 256,
         workers: int = 0,
@@ -91,16 +99,19 @@ class TextClassification(SplitData):
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, workers=workers, seed=seed)
         if tokens not in KINDS:
             raise DataError(unknown(str(tokens), KINDS, "a kind of tokens (data.tokens)"))
+        if apart and second_text_column is None:
+            raise DataError("data.second_text_column is not given, and a model of two towers reads pairs of texts: name it.")
         self.source, self.name, self.label_column, self.target = source, name, label_column, target
         self.text_columns = {"text_column": text_column, "second_text_column": second_text_column}
         self.metrics = tuple(metrics) or (("pearson", "spearman") if target == "number" else ("accuracy",))
-        self.tokenizer = Bytes(max_length) if tokens == "bytes" else WordPieces(vocabulary, lowercase, max_length)
+        self.tokenizer = Bytes(max_length) if tokens == "bytes" else WordPieces(tokens, vocabulary, lowercase, max_length)
         self.max_length, self.bucket_steps, self.glue_task = max_length, bucket_steps, glue_task
         self.named = {"train": train_split, "validation": validation_split, "test": test_split}
         self.fractions = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
-        self.split_seed = split_seed
+        self.split_seed, self.apart = split_seed, apart
         self.notes: list[str] = []
-        self._collate = Padded(pad_multiple, max_length, token_types and second_text_column is not None, target == "number")
+        typed = token_types and second_text_column is not None and not apart
+        self._collate = Padded(pad_multiple, max_length, typed, target == "number", apart)
 
     def prepare_data(self) -> None:
         """Reads, or downloads, on one process; the others then find it in the cache."""
@@ -162,17 +173,24 @@ class TextClassification(SplitData):
 
     def shown(self, inputs: torch.Tensor) -> list[list[str]] | None:
         """The tokens behind a batch's inputs, in words; None where a number is predicted."""
-        return None if self.target == "number" else [self.tokenizer.words(row) for row in inputs.tolist()]
+        return None if self.target == "number" else [self.tokenizer.words(row) for row in inputs.flatten(1).tolist()]
 
     def _buckets(self, split: str, samples: int) -> Buckets | None:
         if not self.bucket_steps:
             return None
         devices = 1 if self.trainer is None else self.trainer.world_size // self.sequence_parallel_size
-        return Buckets(self._split(split).tokens.lengths, samples * devices, self.bucket_steps)
+        tokens = self._split(split).tokens
+        lengths = np.maximum(tokens.second, tokens.lengths - tokens.second) if self.apart else tokens.lengths
+        return Buckets(lengths, samples * devices, self.bucket_steps)
 
     def _read(self, source: Source) -> Mapping[str, Any]:
         if self.glue_task is not None and is_original(source):
             found, notes = read_original(source, self.glue_task)
+            self.notes = notes
+            return pick_splits(found, source.name, self.named)
+        if lra_release.is_aan(source):
+            # one character more than fits, so that what is cut is counted
+            found, notes = lra_release.read_aan(source.path, self.max_length + 1 if isinstance(self.tokenizer, Bytes) else None)
             self.notes = notes
             return pick_splits(found, source.name, self.named)
         return read_tables(source, self.named)
@@ -191,9 +209,12 @@ class TextClassification(SplitData):
                     f"{where}: {len(wrong)} of {len(found)} rows hold no text in {column!r} (the first is number {wrong[0]}: {what})."
                 )
             texts.append(list(found))
-        tokens = self.tokenizer.encode(*texts)
+        if self.apart:
+            tokens = side_by_side(*(self.tokenizer.encode(column, None) for column in texts))
+        else:
+            tokens = self.tokenizer.encode(*texts)
         if tokens.cut:
-            samples = f"{tokens.cut:,} of {len(tokens.second):,} texts"
+            samples = f"{tokens.cut:,} of {len(tokens.second) * (2 if self.apart else 1):,} texts"
             self.notes.append(f"{where}: {samples} are longer than data.max_length={self.max_length} tokens and are cut.")
         return tokens
 
@@ -229,16 +250,24 @@ class Padded:
     max_length: int
     token_types: bool
     numbers: bool
+    apart: bool = False
 
     def __call__(self, samples: list[tuple[np.ndarray, int, int | float]]) -> dict[str, torch.Tensor]:
-        longest = max(len(tokens) for tokens, _, _ in samples)
+        if self.apart:
+            texts = [text for tokens, second, _ in samples for text in (tokens[:second], tokens[second:])]
+        else:
+            texts = [tokens for tokens, _, _ in samples]
+        longest = max(len(tokens) for tokens in texts)
         length = min(-(-longest // self.multiple) * self.multiple, self.max_length)
-        inputs = np.zeros((len(samples), length), np.int64)
-        types = np.zeros_like(inputs)
-        mask = np.zeros((len(samples), length), bool)
-        for row, (tokens, second, _) in enumerate(samples):
+        inputs = np.zeros((len(texts), length), np.int64)
+        mask = np.zeros((len(texts), length), bool)
+        for row, tokens in enumerate(texts):
             inputs[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-            types[row, second : len(tokens)] = 1
-        labels = torch.tensor([label for _, _, label in samples], dtype=torch.float32 if self.numbers else torch.int64)
-        batch = {"inputs": torch.from_numpy(inputs), "padding_mask": torch.from_numpy(mask), "labels": labels}
-        return batch | ({"token_types": torch.from_numpy(types)} if self.token_types else {})
+        batch = {"inputs": torch.from_numpy(inputs), "padding_mask": torch.from_numpy(mask)}
+        if self.apart:
+            batch = {name: value.unflatten(0, (len(samples), 2)) for name, value in batch.items()}
+        batch["labels"] = torch.tensor([label for _, _, label in samples], dtype=torch.float32 if self.numbers else torch.int64)
+        if self.token_types:
+            second = np.array([second for _, second, _ in samples])
+            batch["token_types"] = torch.from_numpy((mask & (np.arange(length) >= second[:, None])).astype(np.int64))
+        return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,16 @@ def _classes(feature: Any, train: np.ndarray, where: str) -> tuple[list, list[st
     if train.dtype.kind != "U" and keys != list(range(len(keys))):
         raise DataError(f"{where}: integer labels must be 0..n-1 without gaps, and these are {some(keys)}.")
     return keys, [str(key) for key in keys]
+
+
+def check_classes(name: str, own: Sequence[str], theirs: Sequence[str]) -> None:
+    """Raises DataError where the data called ``name`` has other classes than ``theirs``, those that a model was trained on."""
+    own, theirs = list(own), list(theirs)
+    named = not all(word.isdecimal() for word in theirs) and not all(word.isdecimal() for word in own)
+    if len(theirs) != len(own) or (named and theirs != own):
+        raise DataError(
+            f"{name} has the classes {some(own)}, and the model was trained on {some(theirs)}: give data of those classes, in that order."
+        )
 
 
 def some(values: Iterable) -> str:

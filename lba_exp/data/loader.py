@@ -17,6 +17,9 @@ from lba_exp.data.buckets import Buckets
 from lba_exp.errors import DataError
 
 GRACE = 300  # seconds that a worker has left after SIGTERM
+_REPEATED = 256  # an epoch of repeated samples is a multiple of it, as in DeiT
+# workers are children of this very process: those of a fork server never notice that a run was killed, and stay for ever
+FORK = "fork" if sys.platform == "linux" else None
 
 
 class EpochOrder:
@@ -36,6 +39,13 @@ class EpochOrder:
             rank; a rank that would get none is given the epoch's first sample once more, and its ``weight`` is 0.
             False: every sample falls to exactly one rank (evaluation), the numbers of batches equal where they can be.
         buckets: what sorts the order by length, the same every epoch where it is not shuffled; None: nothing.
+        repeats: copies of a sample in an epoch, one after another (repeated augmentation, arXiv 1901.09335), so that they fall to ranks in
+            turn. An epoch is as long as without, rounded down to a multiple of 256 as in DeiT: with three copies it has a third of the
+            data set. Copy c of sample i is the index i + c * distinct.
+
+    Attributes:
+        samples: of an epoch, copies included.
+        distinct: samples of the data set.
     """
 
     def __init__(
@@ -50,7 +60,11 @@ class EpochOrder:
         world_size: int,
         equal_shards: bool,
         buckets: Buckets | None = None,
+        repeats: int = 1,
     ):
+        self.distinct, self.repeats = samples, repeats
+        if repeats > 1:
+            samples = samples // _REPEATED * _REPEATED or samples
         self.samples, self.batch_size, self.seed, self.shuffle, self.drop_last = samples, batch_size, seed, shuffle, drop_last
         self.rank, self.world_size, self.equal_shards, self.buckets = rank, world_size, equal_shards, buckets
 
@@ -60,7 +74,9 @@ class EpochOrder:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Sample indices, int64 (<= batch_size,), of each batch of this rank in ``epoch``."""
         rng = np.random.default_rng([self.seed, epoch] if self.shuffle else 0)
-        order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
+        order = rng.permutation(self.distinct) if self.shuffle else np.arange(self.distinct)
+        if self.repeats > 1:
+            order = (order[:, None] + self.distinct * np.arange(self.repeats)).reshape(-1)[: self.samples]
         return self._batches(order if self.buckets is None else self.buckets.sort(order, rng))
 
     @property
@@ -90,7 +106,8 @@ class EpochOrder:
     def facts(self) -> dict[str, int | bool]:
         """All that gives a position its meaning: a checkpoint made with other values cannot be continued."""
         names = ("samples", "global_batch", "seed", "shuffle", "drop_last", "equal_shards")
-        return {name: getattr(self, name) for name in names} | (self.buckets.facts() if self.buckets is not None else {})
+        facts = {name: getattr(self, name) for name in names} | ({"repeats": self.repeats} if self.repeats > 1 else {})
+        return facts | (self.buckets.facts() if self.buckets is not None else {})
 
     def _batches(self, order: np.ndarray) -> list[np.ndarray]:
         ranks, size = self.world_size, self.batch_size
@@ -122,7 +139,7 @@ class ResumableLoader:
 
     Args:
         dataset: has ``__len__`` and ``__getitem__(index)``. One that augments has ``draw(index, rng)`` too, which is called instead;
-            rng is a numpy Generator of that sample in that epoch.
+            rng is a numpy Generator of that sample, or copy of it, in that epoch.
         batch_size: samples of a batch on one rank.
         seed: of order and augmentation, >= 0.
         shuffle: a new permutation every epoch.
@@ -132,7 +149,7 @@ class ResumableLoader:
         equal_shards: every rank gets equally many batches (training; see ``EpochOrder.weight``); False: each sample exactly once over all
             ranks (evaluation). None: as ``shuffle or drop_last``.
         collate: list of samples -> batch.
-        buckets: see ``EpochOrder``.
+        buckets, repeats: see ``EpochOrder``.
 
     Raises:
         DataError: no batch can be made (an empty data set, or fewer samples than one full batch with drop_last).
@@ -152,6 +169,7 @@ class ResumableLoader:
         equal_shards: bool | None = None,
         collate: Callable[[list], Any] = default_collate,
         buckets: Buckets | None = None,
+        repeats: int = 1,
     ):
         equal_shards = (shuffle or drop_last) if equal_shards is None else equal_shards
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
@@ -165,6 +183,7 @@ class ResumableLoader:
             world_size=world_size,
             equal_shards=equal_shards,
             buckets=buckets,
+            repeats=repeats,
         )
         self._length = len(self.order)
         if not self._length and (equal_shards or not len(dataset)):
@@ -233,11 +252,10 @@ class ResumableLoader:
                 sampler=self._plan,
                 num_workers=self.workers,
                 persistent_workers=True,
-                collate_fn=_as_is,
+                collate_fn=as_is,
                 generator=torch.Generator(),
-                worker_init_fn=_outlast_sigterm,
-                # children of this very process: those of a fork server never notice that a run was killed, and stay for ever
-                multiprocessing_context="fork" if sys.platform == "linux" else None,
+                worker_init_fn=outlast_sigterm,
+                multiprocessing_context=FORK,
             )
         self._plan[:] = plan
         iterator = iter(self._torch_loader)  # the same one every epoch
@@ -262,16 +280,16 @@ class _Fetch:
         try:
             if hasattr(self.dataset, "draw"):
                 rngs = (np.random.default_rng([self.seed, epoch, int(index)]) for index in indices)
-                return self.collate([self.dataset.draw(int(index), rng) for index, rng in zip(indices, rngs, strict=True)])
-            return self.collate([self.dataset[int(index)] for index in indices])
+                return self.collate([self.dataset.draw(int(index) % len(self), rng) for index, rng in zip(indices, rngs, strict=True)])
+            return self.collate([self.dataset[int(index) % len(self)] for index in indices])
         except DataError as error:
             return error  # raised in a worker it would arrive wrapped in the worker's traceback
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
     return batch
 
 
-def _outlast_sigterm(worker: int) -> None:
+def outlast_sigterm(worker: int) -> None:
     """Slurm and torchrun send SIGTERM to every process of a run: one that loads goes on, for the run to save its step, and ends with it."""
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

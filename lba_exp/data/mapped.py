@@ -23,13 +23,26 @@ def read_images(folder: Path, manifest: Manifest) -> tuple[dict[str, np.ndarray]
     return images, {split: np.load(folder / f"{split}_labels.npy").astype(np.int64) for split in manifest.splits}, list(CLASSES)
 
 
-class MappedSequences:
-    """Samples of one split: (tokens uint8 (length,), label)."""
+def read_sequences(folder: Path, split: str) -> SequenceSplit:
+    """The sequences of one split."""
+    return SequenceSplit(
+        np.load(folder / f"{split}_tokens.npy", mmap_mode="r"),
+        np.load(folder / f"{split}_lengths.npy"),
+        np.load(folder / f"{split}_labels.npy"),
+    )
 
-    def __init__(self, folder: Path, split: str):
-        self.tokens = np.load(folder / f"{split}_tokens.npy", mmap_mode="r")
-        self.labels = np.load(folder / f"{split}_labels.npy")
-        self.bounds = np.concatenate([[0], np.cumsum(np.load(folder / f"{split}_lengths.npy"))])
+
+class SequenceSplit:
+    """Samples of one split: (tokens uint8 (length,), label).
+
+    Args:
+        tokens: uint8 (sum of lengths,), one sequence after the other.
+        lengths, labels: integers (n,).
+    """
+
+    def __init__(self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray):
+        self.tokens, self.labels = tokens, labels
+        self.bounds = np.concatenate([[0], np.cumsum(lengths)])
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lba_exp.data.sources import Source, nearest_embedded
 from lba_exp.errors import DataError
 from lba_exp.messages import unknown
 
+SHOWN = 5  # unreadable images that are named
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 
 
@@ -33,6 +34,14 @@ def read_all(source: Source) -> Mapping[str, Any]:
     if source.kind == "embedded":
         return {"train": digits()}
     return _read_folder(source.path) if source.kind == "folder" else _read_hub(source)
+
+
+def stream_splits(source: Source, named: Mapping[str, str | None]) -> dict[str, Any]:
+    """split -> ``datasets.IterableDataset``, read while it is iterated over; ``named`` and errors as of ``pick_splits``."""
+    if source.kind == "embedded":
+        raise DataError(f"{source.name} holds images, and no texts: give a folder or a hub name (data.source).")
+    found = _read_folder(source.path, streaming=True) if source.kind == "folder" else _read_hub(source, streaming=True)
+    return pick_splits(found, source.name, named)
 
 
 def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | None]) -> dict[str, Any]:
@@ -54,9 +63,28 @@ def pick_splits(found: Mapping[str, Any], name: str, named: Mapping[str, str | N
     if "train" not in splits:
         raise DataError(f"{name} has no split named train: it has {', '.join(map(str, found)) or 'none'}.")
     for split, dataset in splits.items():
-        if not len(dataset):
+        if isinstance(dataset, Sized) and not len(dataset):
             raise DataError(f"the {split} split of {name} is empty: every split needs samples.")
     return splits
+
+
+def drop_unreadable(splits: Mapping[str, Any], column: str, name: str, workers: int) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """The splits of a source called ``name`` without the images that cannot be read; how many those are, by split, and what to tell.
+
+    Raises:
+        DataError: no such column, or a split of which no image can be read.
+    """
+    from lba_exp.data.pixels import readable
+
+    kept, skipped, notes = {}, {}, []
+    for split, dataset in splits.items():
+        where = f"{name}, {split} split"
+        kept[split], names = readable(dataset, column, where, workers)
+        if names:
+            skipped[split] = len(names)
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            notes.append(f"{where}: {len(names):,} of {len(dataset):,} images cannot be read and are skipped: {shown}.")
+    return kept, skipped, notes
 
 
 def digits() -> Any:
@@ -82,7 +110,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _read_folder(path: Path) -> Mapping[str, Any]:
+def _read_folder(path: Path, *, streaming: bool = False) -> Mapping[str, Any]:
     import datasets
 
     if is_prepared(path):
@@ -94,8 +122,9 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
-            return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        return datasets.load_dataset(str(path))
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return {split: found.to_iterable_dataset() for split, found in saved.items()} if streaming else saved
+        return datasets.load_dataset(str(path), streaming=streaming)
     except Exception as error:  # whatever `datasets` trips over in a stranger's folder
         if empty := _empty_split(path, error):
             raise DataError(f"the {empty} split of {path.name} is empty: every split needs samples.") from error
@@ -115,12 +144,12 @@ def _empty_split(path: Path, error: Exception) -> str | None:
     return next((split for split, state in saved if not state.get("_data_files")), None)
 
 
-def _read_hub(source: Source) -> Mapping[str, Any]:
+def _read_hub(source: Source, *, streaming: bool = False) -> Mapping[str, Any]:
     import datasets
 
     name = source.repository
     try:
-        return datasets.load_dataset(name, source.config)
+        return datasets.load_dataset(name, source.config, streaming=streaming)
     except Exception as error:  # the hub's client raises errors of several libraries
         no_folder = "there is no local folder of that name"
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 
+from lba_exp.data import lra_release
 from lba_exp.data.base import SplitData
 from lba_exp.data.catalogue import check
-from lba_exp.data.generate.listops import TOKENS
-from lba_exp.data.mapped import MappedSequences, holds
+from lba_exp.data.generate.listops import TOKENS, ListOpsRule
+from lba_exp.data.mapped import SequenceSplit, holds, read_sequences
 from lba_exp.data.sources import resolve_source
 from lba_exp.data.spec import DataSpec
 from lba_exp.errors import DataError
@@ -19,11 +21,12 @@ from lba_exp.errors import DataError
 class TokenSequences(SplitData):
     """Classification of sequences of tokens, those of a batch filled up with the token 0 to the longest of them.
 
-    A batch is ``{"inputs": (B, L) int64, "padding_mask": (B, L) bool, True at real tokens, "labels": (B,) int64}``. Tokens stay in their
-    files, which are mapped into memory.
+    A batch is ``{"inputs": (B, L) int64, "padding_mask": (B, L) bool, True at real tokens, "labels": (B,) int64}``. Generated tokens stay
+    in their files, which are mapped into memory; those of the benchmark's download are kept in memory, a byte each.
 
     Args:
-        source: a folder that ``lba-data prepare listops`` wrote.
+        source: a folder that ``lba-data prepare listops`` wrote, or the one of Long Range Arena's own download (listops-1000), see
+            ``lba_exp.data.lra_release``.
         name: what the data set is called; None: from ``source``.
         batch_size, eval_batch_size: sequences a batch on one device, in training and otherwise.
         workers: processes that load; 0: the training process itself.
@@ -52,19 +55,33 @@ class TokenSequences(SplitData):
         if self._splits is not None:
             return
         source = resolve_source(self.source)
-        if not holds(source, "tokens"):
-            raise DataError(f"data.source={self.source} holds no sequences of tokens: give a folder of `lba-data prepare listops FOLDER`.")
-        manifest = check(source.path)
-        self._splits = {split: MappedSequences(source.path, split) for split in manifest.splits}
+        if holds(source, "tokens"):
+            manifest = check(source.path)
+            self._splits = {split: read_sequences(source.path, split) for split in manifest.splits}
+            longest, fingerprint = manifest.specification["shorter_than"] - 1, manifest.fingerprint
+        elif lra_release.is_listops(source):
+            found = lra_release.read_listops(source.path)
+            self._splits = {split: SequenceSplit(part.tokens, part.lengths, part.labels) for split, part in found.items()}
+            digest = hashlib.sha256()
+            for part in found.values():
+                for array in (part.lengths, part.labels, part.tokens):
+                    digest.update(array.tobytes())
+            longest = max(ListOpsRule().shorter_than - 1, *(int(part.lengths.max()) for part in found.values()))
+            fingerprint = digest.hexdigest()[:16]
+        else:
+            raise DataError(
+                f"data.source={self.source} holds no sequences of tokens: give a folder of `lba-data prepare listops FOLDER`, or the "
+                "listops-1000 of Long Range Arena's download."
+            )
         self._spec = DataSpec(
             name=self.name or source.name,
-            length=manifest.specification["shorter_than"] - 1,
+            length=longest,
             classes=10,
             class_names=[str(digit) for digit in range(10)],
             channels=None,
             vocabulary=len(TOKENS),
-            sizes=dict(manifest.splits),
-            fingerprint=manifest.fingerprint,
+            sizes={split: len(samples) for split, samples in self._splits.items()},
+            fingerprint=fingerprint,
         )
 
     def state_dict(self) -> dict[str, Any]:

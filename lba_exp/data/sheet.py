@@ -24,11 +24,6 @@ def has_images(folder: Path, manifest: Manifest) -> bool:
 
 def draw_sheet(folder: Path, manifest: Manifest, path: Path) -> None:
     """Writes a PNG: a row for each class, of the first images of a split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     split = next(iter(manifest.splits))
     if manifest.kind == "images":
         from lba_exp.data.generate.pathfinder import CLASSES
@@ -39,15 +34,46 @@ def draw_sheet(folder: Path, manifest: Manifest, path: Path) -> None:
         table = _table(folder, manifest)
         table = table.select(range(min(_SEARCHED, len(table))))
         images, labels, names = table["image"], np.asarray(table["label"]), table.features["label"].names
-    figure = Figure(figsize=(1.8 * COLUMNS, 1.8 * min(len(names), _ROWS)), layout="constrained")
-    grid = figure.subplots(min(len(names), _ROWS), COLUMNS, squeeze=False)
-    for label, row in reversed(list(enumerate(grid))):
-        for axes, number in zip(row, np.flatnonzero(labels == label), strict=False):
-            axes.imshow(np.asarray(images[int(number)]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(f"{label}: {names[label]}", fontsize=9)
-        for axes in row:
-            axes.set_axis_off()
-    figure.suptitle(f"{manifest.name}, {split} split", fontsize=10)
+    rows = []
+    for label, name in enumerate(names[:_ROWS]):
+        chosen = np.flatnonzero(labels == label)[:COLUMNS]
+        rows.append([(f"{label}: {name}", np.asarray(images[int(number)])) for number in chosen])
+    _draw(rows, f"{manifest.name}, {split} split", path)
+
+
+def draw_augmented(module: Any, path: Path) -> None:
+    """Writes a PNG: a row for each class, of its first training image as evaluation has it, and of draws of its augmentation.
+
+    Args:
+        module: an ``ImageClassification``, set up.
+    """
+    samples = module.train_dataloader().dataset
+    labels, rows = samples.samples.labels, []
+    for label in np.unique(labels)[:_ROWS]:
+        index = int(np.flatnonzero(labels == label)[0])
+        rngs = (np.random.default_rng([module.seed, draw, index]) for draw in range(COLUMNS - 1))
+        found = [samples.samples[index][0], *(samples.draw(index, rng)[0] for rng in rngs)]
+        title = f"{label}: {module.spec.class_names[label]}"
+        rows.append([(title if column == 0 else "", module.shown(image[None])[0]) for column, image in enumerate(found)])
+    _draw(rows, f"{module.spec.name}, training images without and with augmentation", path)
+
+
+def _draw(rows: list[list[tuple[str, np.ndarray]]], title: str, path: Path) -> None:
+    """A grid of (title, picture)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.8 * COLUMNS, 1.8 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, pictures in zip(grid, rows, strict=True):
+        for axes, (name, picture) in zip(row, pictures, strict=False):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lba_exp.errors import DataError
 
 EMBEDDED = "digits"
+TOKENIZER = "tokenizer.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -51,12 +52,15 @@ def resolve_source(source: str) -> Source:
 
 
 def vocabulary_file(vocabulary: str | None) -> Path:
-    """The file of a WordPiece vocabulary: the file named, or vocab.txt in the folder named; raises DataError where there is none."""
+    """The file of a vocabulary: the one named, or vocab.txt or tokenizer.json in the folder named; raises DataError where there is none."""
     path = Path(vocabulary).expanduser() if vocabulary else None
     if path is not None and path.is_dir():
-        path = path / "vocab.txt"
+        path = next((file for file in (path / "vocab.txt", path / TOKENIZER) if file.is_file()), path / "vocab.txt")
     if path is None or not path.is_file():
-        raise DataError(f"data.vocabulary={path} is no file: give a WordPiece vocabulary, one token a line, or a folder with vocab.txt.")
+        raise DataError(
+            f"data.vocabulary={path} is no file: give a WordPiece vocabulary, one token a line, or a {TOKENIZER}, or the folder of one "
+            "(vocab.txt); data.vocabulary_size=8000 trains one on a corpus, data.tokens=bytes needs none."
+        )
     return path
 
 

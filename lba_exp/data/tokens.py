@@ -1,18 +1,16 @@
-"""Texts, and pairs of texts, as numbered tokens with a limit: WordPiece or bytes."""
+"""Texts, and pairs of texts, as numbered tokens with a limit."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lba_exp.data.text import vocabulary_hash, wordpiece
+from lba_exp.data.vocabulary import ByteVocabulary, given
 
-KINDS = ("wordpiece", "bytes")
 _BATCH = 1_000  # texts that are tokenised at a time
-_CLS, _SEP = 256, 257  # behind the bytes
+_CLS, _SEP = ByteVocabulary.ids["[CLS]"], ByteVocabulary.ids["[SEP]"]
 
 
 @dataclass
@@ -42,11 +40,11 @@ class Tokens:
 
 
 class WordPieces:
-    """BERT's tokens (arXiv 1810.04805): of two texts that are too long together, the longer one is cut first.
+    """Tokens of a vocabulary, put together as BERT does (arXiv 1810.04805): of two texts that are too long together, the longer one is
+    cut first.
 
     Args:
-        vocabulary: file, or a folder with vocab.txt, see ``lba_exp.data.text.wordpiece``.
-        lowercase: put texts into lower case and take accents away.
+        kind, vocabulary, lowercase: see ``lba_exp.data.vocabulary.given``.
         max_length: tokens of a sample at most, [CLS] and [SEP] among them.
 
     Attributes:
@@ -54,9 +52,9 @@ class WordPieces:
         identity: short hash, equal for equal vocabularies.
     """
 
-    def __init__(self, vocabulary: str | None, lowercase: bool, max_length: int):
-        self.tokenizer = wordpiece(vocabulary, lowercase)
-        self.size, self.identity = self.tokenizer.get_vocab_size(), vocabulary_hash(self.tokenizer, lowercase)
+    def __init__(self, kind: str, vocabulary: str | None, lowercase: bool, max_length: int):
+        found = given(kind, vocabulary, lowercase)
+        self.tokenizer, self.size, self.identity, self._word = found.tokenizer, found.size, found.identity, found.word
         self.tokenizer.enable_truncation(max_length, strategy="longest_first")
 
     def encode(self, first: list[str], second: list[str] | None) -> Tokens:
@@ -73,17 +71,17 @@ class WordPieces:
         return _joined(parts, np.array(before, np.int32), cut, np.int32)
 
     def words(self, ids: list[int]) -> list[str]:
-        return [self.tokenizer.id_to_token(token) for token in ids]
+        return [self._word(token) for token in ids]
 
 
 class Bytes:
-    """The bytes of a text's UTF-8 (as in Long Range Arena's text task, arXiv 2011.04006), 256 for [CLS] and 257 for [SEP].
+    """The bytes of a text, see ``lba_exp.data.vocabulary.ByteVocabulary``.
 
     Args:
         max_length: as of ``WordPieces``.
     """
 
-    size, identity = 258, hashlib.sha256(b"bytes").hexdigest()[:16]
+    size, identity = ByteVocabulary.size, ByteVocabulary.identity
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -107,7 +105,17 @@ class Bytes:
         return _joined(parts, np.array(before, np.int32), cut, np.uint16)
 
     def words(self, ids: list[int]) -> list[str]:
-        return [{_CLS: "[CLS]", _SEP: "[SEP]"}.get(token) or bytes([token]).decode("latin-1") for token in ids]
+        return [ByteVocabulary().word(token) for token in ids]
+
+
+def side_by_side(first: Tokens, second: Tokens) -> Tokens:
+    """Samples of two texts that were encoded apart: [CLS] first [SEP] [CLS] second [SEP]; ``cut`` counts texts, not samples."""
+    parts = []
+    for row in range(len(first.second)):
+        parts += [tokens.flat[tokens.starts[row] : tokens.starts[row + 1]] for tokens in (first, second)]
+    joined = _joined(parts, first.lengths.astype(np.int32), first.cut + second.cut, first.flat.dtype)
+    joined.starts = joined.starts[::2]
+    return joined
 
 
 def _longest_first(lengths: list[int], room: int) -> list[int]:

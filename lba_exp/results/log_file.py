@@ -42,7 +42,7 @@ def log_file(folder: Path, *, first: bool = True) -> Iterator[None]:
     for name in names:
         log = logging.getLogger(name)
         saved.append((log, list(log.handlers), log.level, log.propagate))
-        log.handlers, log.propagate, log.disabled = [handler], False, False  # Hydra disables loggers between the runs of a sweep
+        log.handlers, log.propagate = [handler], False
         log.setLevel(logging.INFO)
     try:
         yield

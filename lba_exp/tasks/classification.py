@@ -20,17 +20,20 @@ from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import SequenceSplit, StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
 from lba_exp.tasks.means import SampleMean
 from lba_exp.tasks.metrics import score, split_metrics
+from lba_exp.tasks.mixing import Mixing, hard
 
 TRAIN_MEANS = "train_means"  # key of a checkpoint
 
 
-def warmup_cosine(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine."""
+def rate_over_peak(step: int, total: int, warmup_fraction: float, final_fraction: float, schedule: str = "cosine") -> float:
+    """Learning rate over peak rate before optimizer step ``step`` (0-based) of ``total``: a linear rise, then half a cosine, or a line
+    (``schedule="linear"``), down to ``final_fraction``."""
     warmup = round(warmup_fraction * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return final_fraction + (1 - final_fraction) * left
 
 
 def total_steps(trainer: pl.Trainer) -> int:
@@ -39,12 +42,26 @@ def total_steps(trainer: pl.Trainer) -> int:
     Trainer.estimated_stepping_batches would set the training loader up before the checkpoint is read, and its place in the data would then
     not be restored (seen in Lightning 2.6).
     """
-    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
     if trainer.max_epochs in (None, -1):
         return trainer.max_steps
+    steps = steps_an_epoch(trainer) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
+def steps_an_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps of an epoch."""
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def scaled_rate(lr: float, lr_batch: int | None, trainer: pl.Trainer) -> float:
+    """The peak rate: ``lr`` times the samples of an optimizer step on all devices over ``lr_batch`` (arXiv 1706.02677); None: ``lr``."""
+    if lr_batch is None:
+        return lr
+    data = trainer.datamodule
+    batches = trainer.world_size // data.sequence_parallel_size * trainer.accumulate_grad_batches
+    return lr * data.batch_size * batches / lr_batch
 
 
 class Classification(pl.LightningModule):
@@ -65,6 +82,8 @@ class Classification(pl.LightningModule):
         seed: the run's seed; dropout in batch i of epoch e is a function of (seed, e, i, rank).
         hyper_parameters: the resolved configuration as a plain dict, kept in the checkpoint.
         metrics: of validation and test, see ``split_metrics``.
+        mixing: settings of ``Mixing``, which training batches go through; None: none. Accuracy in training then counts the class with the
+            largest share as the right one.
         monitor: "val/score" where the mean of these metrics, logged as the score, is what chooses the best checkpoint; else the accuracy.
     """
 
@@ -80,6 +99,7 @@ class Classification(pl.LightningModule):
         hyper_parameters: dict[str, Any] | None = None,
         metrics: Sequence[str] = ("accuracy",),
         monitor: str = "val/accuracy",
+        mixing: dict[str, float] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -94,6 +114,7 @@ class Classification(pl.LightningModule):
         self.val_loss, self.val_metrics = SampleMean(), split_metrics(metrics, classes)
         self.test_loss, self.test_metrics = SampleMean(), split_metrics(metrics, classes)
         self.scored = tuple(metrics) if monitor == "val/score" else ()
+        self._mixing = None if mixing is None else Mixing(classes, **mixing)
         self._targets = StepTargets()
         self._split = SequenceSplit()
         self._trained = False  # whether the training means hold anything; the same on every device
@@ -132,13 +153,13 @@ class Classification(pl.LightningModule):
         torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, labels = self.logits_and_labels(batch)
+        logits, labels = self.logits_and_labels(batch if self._mixing is None else self._mixing(batch))
         loss = mean_loss(logits, labels, self.optim["label_smoothing"])
         weight, self._trained = batch_weight(self.trainer, batch_idx), True
         if weight and self._counted(labels):
             self.train_loss.update(loss.detach(), len(logits))
             for metric in self.train_metrics.values():
-                metric.update(logits.detach(), labels)
+                metric.update(logits.detach(), hard(labels))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if self.targets_vary:
             weight = self._targets.weight(self.trainer, batch_idx, len(labels) if weight else 0, loss.device)
@@ -220,17 +241,22 @@ class Classification(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         o = self.optim
-        groups = weight_decay_groups(self.model, o["weight_decay"])
-        optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"])
-        total = total_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, total, o["warmup_fraction"], o["final_fraction"])
-        )
+        rate = scaled_rate(o["lr"], o.get("lr_batch"), self.trainer)
+        # torch's AdamW multiplies the decay by the rate: over the peak rate it becomes a share of each step, times rate / peak rate
+        decay = o["weight_decay"] / rate if o.get("decay_per_step") else o["weight_decay"]
+        groups = weight_decay_groups(self.model, decay)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=tuple(o["betas"]), eps=o["eps"])
+        total, warmup = total_steps(self.trainer), o["warmup_fraction"]
+        if o.get("warmup_epochs") is not None:
+            warmup = min(1.0, o["warmup_epochs"] * steps_an_epoch(self.trainer) / total)
+        course = (total, warmup, o["final_fraction"], o.get("schedule", "cosine"))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_over_peak(step, *course))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def mean_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The mean cross entropy in float32, (n, classes) and (n,) -> (); 0 where n is 0. For one class, the mean squared error."""
+    """The mean cross entropy in float32, (n, classes) and (n,) or, mixed, (n, classes) -> (); 0 where n is 0. For one class, the mean
+    squared error."""
     if not len(labels):
         return logits.float().sum()
     if logits.shape[-1] == 1:

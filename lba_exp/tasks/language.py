@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lba_exp.tasks.classification import Classification
-
-IGNORED_LABEL = -100  # as in torch's cross entropy
+from lba_exp.tasks.metrics import IGNORED_LABEL
 
 
 class LanguageModelling(Classification):

@@ -11,12 +11,32 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
+IGNORED_LABEL = -100  # as in torch's cross entropy
+
 
 class F1OfSecondClass(BinaryF1Score):
     """F1 of class 1 of two, from logits (n, 2) and labels (n,)."""
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         super().update(logits.argmax(-1), labels)
+
+
+class Perplexity(Metric):
+    """exp of the mean cross entropy of the labels, from logits (..., classes) and labels (...); those equal to -100 do not count."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("labels", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        self.total += nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+        self.labels += (labels != IGNORED_LABEL).sum()
+
+    def compute(self) -> Tensor:
+        return (self.total / self.labels).exp().float()
 
 
 class _Correlation:
@@ -44,8 +64,8 @@ def split_metrics(names: Sequence[str], classes: int, *, checked: bool = True) -
     """name -> metric, updated with logits (n, classes) and labels (n,); the accuracy is always there for classes.
 
     Args:
-        names: "accuracy", "f1" (of class 1 of two; the mean over classes of more) or "matthews" (the correlation coefficient) for
-            classes; "pearson" or "spearman" for numbers.
+        names: "accuracy", "f1" (of class 1 of two; the mean over classes of more), "matthews" (the correlation coefficient) or "perplexity"
+            for classes; "pearson" or "spearman" for numbers.
         classes: 1: the labels are numbers, and so are the outputs (n, 1).
         checked: look at the labels, which waits for the device.
 
@@ -63,11 +83,11 @@ def split_metrics(names: Sequence[str], classes: int, *, checked: bool = True) -
         elif name == "matthews":
             made[name] = MulticlassMatthewsCorrCoef(classes, validate_args=checked)
         elif name != "accuracy":
-            made[name] = {"pearson": Pearson, "spearman": Spearman}[name]()
+            made[name] = {"pearson": Pearson, "spearman": Spearman, "perplexity": Perplexity}[name]()
     return nn.ModuleDict(made)
 
 
-CLASS_METRICS = ("accuracy", "f1", "matthews")
+CLASS_METRICS = ("accuracy", "f1", "matthews", "perplexity")
 NUMBER_METRICS = ("pearson", "spearman")
 
 

@@ -215,6 +215,39 @@ def test_images_of_several_sizes(tmp_path):
     assert resized.spec.length == 16
 
 
+def test_padding_puts_images_in_the_middle_of_zeros(tmp_path):
+    found = pictures(20)
+    folder = save(tmp_path / "data", {"train": (found, two_classes(20)), "test": (found[:2], [0, 1])})
+    data = PixelSequences(folder, padded_size=9)
+    data.setup()
+    assert data.spec.grid == (9, 9) and data.spec.length == 81 and isinstance(data._splits["train"].images, np.ndarray)
+    [batch] = data.test_dataloader()
+    for shown, image in zip(data.shown(batch["inputs"]), found, strict=False):
+        assert np.array_equal(shown[2:6, 1:7], np.asarray(image)) and shown.sum() == np.asarray(image).sum()
+    inputs, _ = gather(data.split_loader("train"))
+    assert abs(inputs.mean()) < 1e-5 and abs(inputs.std(correction=0) - 1) < 1e-5
+    with pytest.raises(DataError, match=r"image 0 has 6 x 4 pixels, more than data\.padded_size=5 each way"):
+        PixelSequences(folder, padded_size=5).setup()
+
+
+def test_cifar10_in_the_hubs_columns_becomes_grey(tmp_path):
+    """Rec. 601 luma of red, green and blue, rounded."""
+    import lba_exp
+    from lba_exp import build
+
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["plane", "car"]))
+    for split, rows in (("train", range(26)), ("test", range(26, 30))):
+        table = {"img": [Image.fromarray(colours[row]) for row in rows], "label": two_classes(len(rows))}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    data = build.data_module(lba_exp.compose(["experiments=lra_image", f"data.source={tmp_path}"]))
+    assert data.spec.length == 1_024 and data.spec.sizes == {"train": 23, "validation": 3, "test": 4} and data.spec.name == "cifar10_grey"
+    inputs, _ = gather(data.test_dataloader())
+    grey = colours[26:] @ np.array([0.299, 0.587, 0.114])
+    assert torch.allclose(inputs.reshape(4, 32, 32), torch.from_numpy((grey - 122.6) / 61).float(), atol=1.02 / 61)
+
+
 def test_images_that_cannot_be_read(tmp_path):
     deep = Image.fromarray(np.full((4, 6), 40_000, np.uint16))
     with pytest.raises(DataError, match=r"image 2 has more than 8 bits a channel \(mode I;16\)"):
@@ -250,7 +283,7 @@ class Counter(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(batch["inputs"].flatten(1))
-        return self.weight(batch["inputs"]).mean()
+        return self.weight(batch["inputs"].flatten(1)[..., :1]).mean()
 
     def validation_step(self, batch, batch_idx):
         self.seen["validation"].append(batch["inputs"].flatten(1))

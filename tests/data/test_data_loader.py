@@ -243,3 +243,31 @@ def test_no_batch_at_all_is_an_error():
         loader(size=3, drop_last=True)
     with pytest.raises(DataError, match="0 samples"):
         loader(size=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_repeated_samples_are_copies_with_draws_of_their_own(ranks):
+    """600 samples, three copies: 512 an epoch (a multiple of 256), of 171 samples, which fall to the ranks in turn."""
+    shared = [loader(600, 16, rank=rank, world_size=ranks, repeats=3) for rank in range(ranks)]
+    batches = [epoch(one) for one in shared]
+    assert {len(one) for one in batches} == {512 // (16 * ranks) + (512 % (16 * ranks) > 0)}
+    drawn = [sample for one in batches for batch in one for sample in batch]
+    counts = np.bincount([index for index, _ in drawn], minlength=600)
+    assert len(drawn) == 512 == len({number for _, number in drawn}) and sorted(set(counts)) == [0, 2, 3] and (counts == 2).sum() == 1
+    assert [sum(one.order.weight(number) for one in shared) for number in range(len(shared[0]))] == pytest.approx([ranks] * len(shared[0]))
+    together = [index for index, _ in epoch(loader(600, 16 * ranks, repeats=3))[0]]
+    assert [index for turn in zip(*(one[0] for one in batches), strict=True) for index, _ in turn] == together
+    assert together[0] == together[1] == together[2] != together[3]
+
+
+def test_a_loader_of_repeated_samples_goes_on_where_it_stood():
+    whole = loader(300, 16, repeats=3)
+    expected = [epoch(whole), epoch(whole)]
+    half, rest = loader(300, 16, repeats=3), loader(300, 16, repeats=3)
+    batches = iter(half)
+    seen = [next(batches).tolist() for _ in range(5)]
+    rest.load_state_dict(half.state_dict())
+    assert seen + epoch(rest) == expected[0] and epoch(rest) == expected[1]
+    assert {index for batch in expected[0] for index, _ in batch} != {index for batch in expected[1] for index, _ in batch}
+    with pytest.raises(DataError, match="samples 256 there, 300 here"):
+        loader(300, 16).load_state_dict(half.state_dict())

@@ -70,7 +70,7 @@ def test_no_answer_from_the_hub():
     ],
 )
 def test_other_answers_from_the_hub(monkeypatch, error, said):
-    def fail(*args):
+    def fail(*args, **options):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)

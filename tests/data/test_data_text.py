@@ -45,9 +45,9 @@ def test_blocks_hold_the_texts_one_after_the_other(folder, tmp_path):
 
 
 def test_word_pieces_case_and_unknown_words(folder):
-    tokens = blocks(folder).tokenizer.encode("Cats sleep, DOG", add_special_tokens=False).tokens
+    tokens = blocks(folder).vocabulary.tokenizer.encode("Cats sleep, DOG", add_special_tokens=False).tokens
     assert tokens == ["cat", "##s", "sleep", "[UNK]", "dog"]
-    assert blocks(folder, lowercase=False).tokenizer.encode("Cats DOG", add_special_tokens=False).tokens == ["[UNK]", "[UNK]"]
+    assert blocks(folder, lowercase=False).vocabulary.tokenizer.encode("Cats DOG", add_special_tokens=False).tokens == ["[UNK]", "[UNK]"]
 
 
 @pytest.mark.parametrize(("loader", "fraction"), [("train", 0.3), ("validation", 0.15)])
@@ -105,7 +105,7 @@ def test_a_split_that_is_missing_is_cut_from_the_training_texts(folder):
 def test_mistakes_are_named(folder, tmp_path):
     (tmp_path / "short.txt").write_text("[CLS]\n[SEP]\n[UNK]\nthe\n")
     for options, words in (
-        ({"vocabulary": None}, "data.vocabulary is not given"),
+        ({"vocabulary": None}, "data.vocabulary=None is no file"),
         ({"vocabulary": "nowhere.txt"}, "nowhere.txt is no file"),
         ({"vocabulary": str(tmp_path / "short.txt")}, r"lacks \[MASK\]"),
         ({"objective": "mask"}, "did you mean masked"),

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
 import lba_exp
 from lba_exp.commands import data
-from lba_exp.data import catalogue, recorded
+from lba_exp.data import catalogue, prepared, recorded
 from lba_exp.data.prepared import digest
 from lba_exp.data.reading import read_splits
 from lba_exp.data.sources import resolve_source
@@ -265,3 +266,26 @@ def test_another_archive_than_expected_is_not_used(monkeypatch, tmp_path, capsys
     for name in ("imdb", "fashion_mnist"):
         assert "is not the expected one (sha256 73cb3858a687a849" in refused(["prepare", name, "x"], capsys)
     assert not Path("x").exists()
+
+
+def test_images_are_shown_as_training_would_get_them(capsys):
+    from PIL import Image
+
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ape", "cat"]))
+    images = [Image.fromarray(np.full((12, 12, 3), 10 * n, np.uint8)) for n in range(20)]
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10}, features=features)
+
+    def fill(folder):
+        table.to_parquet(folder / "train.parquet")
+        return {"train": 20}
+
+    entry = catalogue.find("fashion_mnist")
+    about = {"name": entry.name, "kind": entry.kind, "version": entry.version, "specification": dict(entry.specification)}
+    prepared.write_prepared(Path("clothes"), fill, **about, seed=None)
+    settings = ["augmentation=deit", "data.classes=2", "data.size=8"]
+    data.main(["show", "clothes", *settings, "--output", "sheet.png"])
+    assert capsys.readouterr().out.endswith("sheet.png\n") and Image.open("sheet.png").size[1] == 540
+    assert "give augmentation=NAME" in refused(["show", "clothes", "seed=1", "--output", "other.png"], capsys)
+    assert "'diet' is not an entry of augmentation; did you mean deit" in refused(
+        ["show", "clothes", "augmentation=diet", "--output", "other.png"], capsys
+    )
