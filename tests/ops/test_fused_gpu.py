@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason="needs a
 DEFAULT, PLANS = (default_jobs(), plan_jobs()) if AVAILABLE else ([], [])
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIRECT = 197  # tokens up to which direct summation judges
-# in half precision the gradient of a fixed decay, one number a head, misses the contract's 1e-2 where its sum over all pairs nearly cancels:
+# in half precision the gradient of a fixed decay, one number a head, misses the contract's 1e-2 where its sum nearly cancels:
 # the rounding of y, from which the denominator's gradient is made, shows (lba_exp/ops/fused/NOTES.md)
 FIXED = 5e-2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -15,64 +15,21 @@ from lba_exp.ops.fused.keys import keys_gradient_kernel
 from lba_exp.ops.fused.linear import linear_gradients_kernel, linear_outputs_kernel, linear_states_kernel
 from lba_exp.ops.fused.outputs import outputs_kernel
 from lba_exp.ops.fused.queries import queries_gradient_kernel
+from lba_exp.ops.fused.sizes import Call, Sizes, rows_last
 from lba_exp.ops.fused.states import scan_kernel, states_kernel
 from lba_exp.ops.fused.sums import sums_kernel
 
 SCAN = 512  # numbers of a state that one program of scan_kernel goes through
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one call of the operator asks for.
-
-    Attributes:
-        weight, forward, backward: the diagonal's weight, and which directions are read.
-        scaled: the denominator is made; divided: the output is num / (den + eps), else num.
-    """
-
-    weight: float
-    forward: bool
-    backward: bool
-    scaled: bool
-    divided: bool
-    eps: float
-
-    def is_linear(self, f: Tensor | None, g: Tensor | None) -> bool:
-        """Whether every pair of tokens has the weight 1."""
-        return f is None and g is None and self.weight == 1.0 and self.forward and self.backward
-
-
-class _Sizes:
-    def __init__(self, q: Tensor, v: Tensor):
-        self.B, self.L, self.H, self.D = q.shape
-        self.DV = v.shape[3]
-        self.BH = self.B * self.H
-        self.BD, self.BDV = (max(16, triton.next_power_of_2(x)) for x in (self.D, self.DV))
-        self.width = max(self.BD, self.BDV)
-        full = q.dtype == torch.float32
-        self.dtype = torch.float32 if full else torch.bfloat16  # float16 has too few exponents for sums and gradients
-        self.compute = tl.float32 if full else tl.bfloat16
-        tf32 = full and torch.get_float32_matmul_precision() != "highest"
-        self.precision = "tf32" if tf32 else "ieee"
-        self.device = q.device
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-
-def rows_last(x: Tensor) -> Tensor:
-    """x with channels next to each other, as the kernels read them; any strides otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _steps(x: Tensor | None, size: _Sizes) -> Tensor:
+def _steps(x: Tensor | None, size: Sizes) -> Tensor:
     """A log decay as (B, L, H) by strides; a fixed or missing one takes no memory."""
     if x is None:
         x = size.empty(1).zero_()
     return x if x.ndim == 3 else x.expand(size.B, size.L, size.H)
 
 
-def _sums(f: Tensor | None, g: Tensor | None, size: _Sizes, block: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _sums(f: Tensor | None, g: Tensor | None, size: Sizes, block: int) -> tuple[Tensor, Tensor, Tensor, int]:
     blocks = triton.cdiv(size.L, block)
     high, low = (size.empty(2, size.BH, blocks * block) for _ in range(2))
     totals = size.empty(2, 2, size.BH, blocks)
@@ -88,7 +45,7 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return (other, 0) if mask is None else (mask.contiguous().view(torch.uint8), mask.shape[1])
 
 
-def _states(size: _Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, order, *, den=None, out=None, dot=None, adjoint=False):
+def _states(size: Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, order, *, den=None, out=None, dot=None, adjoint=False):
     """What enters the blocks from the right and from the left, states or their adjoints: (2, B H, blocks, D, Dv), (2, B H, blocks, D)."""
     high, low, totals, blocks = sums
     # states go to the left by the backward decays, adjoints by the forward ones
@@ -128,24 +85,24 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor | None, mask: Tensor | None, order: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, L, H, Dv), in the dtype of v where divided or unscaled, else float32; denominator (B, H, L) float32, empty if unscaled."""
-    size = _Sizes(q, v)
+    size = Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
     if call.is_linear(f, g):
         return _planned("linear", size, lambda plan: _linear_forward(q, k, v, mask, call, size, plan))
     return _planned("forward", size, lambda plan: _forward(q, k, v, f, g, mask, order, call, size, plan))
 
 
-def _planned(kind: str, size: _Sizes, run):
+def _planned(kind: str, size: Sizes, run):
     return plans.with_plan(kind, size.dtype, size.width, size.L, size.device, run)
 
 
-def _outputs(v: Tensor, call: Call, size: _Sizes, parts: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def _outputs(v: Tensor, call: Call, size: Sizes, parts: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     out = size.empty(size.B, size.L, size.H, size.DV, dtype=parts if call.scaled and not call.divided else v.dtype)
     return out, size.empty(size.B, size.H, size.L) if call.scaled else size.empty(0)
 
 
 def _forward(
-    q, k, v, f, g, mask, order, call: Call, size: _Sizes, plan: plans.Plan, before=None, parts: torch.dtype = torch.float32
+    q, k, v, f, g, mask, order, call: Call, size: Sizes, plan: plans.Plan, before=None, parts: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, den = _outputs(v, call, size, parts)
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
@@ -171,7 +128,7 @@ def backward(
 
     grad: of the output; grad_den: of the denominator (B, H, L), where scaled and not divided.
     """
-    size = _Sizes(q, v)
+    size = Sizes(q, v)
     q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
     if call.is_linear(f, g):
         given = (q, k, v, mask, call, size, out, den, grad, grad_den)
@@ -181,7 +138,7 @@ def backward(
     return *room[:3], *_planned("backward", size, lambda plan: _backward(*given, plan))
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_den: Tensor | None) -> tuple[Tensor, ...]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: Sizes, grad_den: Tensor | None) -> tuple[Tensor, ...]:
     """Room for dq, dk, dv; and the denominator's gradient, or room for it."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if call.scaled:
@@ -191,7 +148,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, call: Call, size: _Sizes, grad_d
     return dq, dk, dv, dot
 
 
-def _backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, room, f, g, order, needs, plan: plans.Plan, add: bool = False):
+def _backward(q, k, v, mask, call: Call, size: Sizes, out, den, grad, room, f, g, order, needs, plan: plans.Plan, add: bool = False):
     dq, dk, dv, dot = room
     sums = high, low, totals, blocks = _sums(f, g, size, plan.block)
     per_block = plan.block // plan.columns
@@ -237,7 +194,7 @@ def forward_scans(q: Tensor, k: Tensor, v: Tensor, f: Tensor | None, g: Tensor |
 
     f, g: None, (S, H) or (S, B, L, H); orders: (S, L). ``call`` is divided. Half precision keeps numerators between scans in bfloat16.
     """
-    size = _Sizes(q, v)
+    size = Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
     if call.is_linear(f, g):  # the same in any order
         return _planned("linear", size, lambda plan: _linear_forward(q, k, v, mask, call, size, plan))
@@ -258,7 +215,7 @@ def backward_scans(
     out: Tensor, den: Tensor, grad: Tensor, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients as ``backward`` gives them, from what ``forward_scans`` gave; those of the log decays one a scan, stacked."""
-    size = _Sizes(q, v)
+    size = Sizes(q, v)
     q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
     if call.is_linear(f, g):
         return *_planned("linear", size, lambda plan: _linear_backward(q, k, v, mask, call, size, out, den, grad, None, plan)), None, None
@@ -285,7 +242,7 @@ def _scan(x: Tensor | None, n: int) -> Tensor | None:
     return None if x is None else x[n]
 
 
-def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
+def _linear_sum(size: Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=None, out=None, dot=None, adjoint=False):
     """The sum of x y^T over all tokens: (B H, D, DV) and (B H, D), float32."""
     tiles = triton.cdiv(size.L, plan.state_columns)
     count, per_segment = plans.segments(tiles, size.BH, size.device, plans.PROGRAMS)
@@ -304,14 +261,14 @@ def _linear_sum(size: _Sizes, call: Call, plan: plans.Plan, x, y, mask, *, den=N
     return (s, z) if count == 1 else (s.sum(1), z.sum(1) if call.scaled else s)
 
 
-def _tiles(size: _Sizes, plan: plans.Plan) -> tuple[int, int]:
+def _tiles(size: Sizes, plan: plans.Plan) -> tuple[int, int]:
     """Tiles of rows that one program takes, and programs a sequence: few tiles where the GPU would not be full otherwise."""
     tiles = triton.cdiv(size.L, plan.rows)
     repeat = 4 if tiles * size.BH >= 4 * 4 * plans.processors(size.device) else 1
     return repeat, triton.cdiv(tiles, repeat)
 
 
-def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, plan: plans.Plan) -> tuple[Tensor, Tensor]:
+def _linear_forward(q, k, v, mask, call: Call, size: Sizes, plan: plans.Plan) -> tuple[Tensor, Tensor]:
     out, den = _outputs(v, call, size)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     repeat, tiles = _tiles(size, plan)
@@ -325,7 +282,7 @@ def _linear_forward(q, k, v, mask, call: Call, size: _Sizes, plan: plans.Plan) -
     return out, den
 
 
-def _linear_backward(q, k, v, mask, call: Call, size: _Sizes, out, den, grad, grad_den, plan: plans.Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward(q, k, v, mask, call: Call, size: Sizes, out, den, grad, grad_den, plan: plans.Plan) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, dot = _gradients(q, k, v, call, size, grad_den)
     s, z = _linear_sum(size, call, plan, k, v, mask)
     a, az = _linear_sum(size, call, plan, q, grad, mask, den=den, out=out, dot=dot, adjoint=True)
