@@ -13,6 +13,7 @@ from lba_exp.ops.ranks import check_group, gather
 
 CONVENTIONS = ("key", "query", "symmetric")
 LOWEST = -1e4  # exp of it is 0 in every dtype; keeps sums finite for -inf and adds no rounding to float64 sums
+GROUP = 256  # numbers that a GPU sums one after the other
 GRID = 2.0**20  # sums of multiples of 1 / GRID are exact in float64 up to 2**33
 
 
@@ -107,7 +108,19 @@ def cumulative(x: Tensor, dim: int) -> Tensor:
     """``x.cumsum(dim)``, dim -1 or -2, also under ``torch.use_deterministic_algorithms``, which allows no cumsum on a GPU."""
     if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return doubling_sums(x, dim)
+    if x.device.type == "cuda" and x.shape[dim] > 4 * GROUP:
+        return grouped_sums(x, dim)
     return x.cumsum(dim)
+
+
+def grouped_sums(x: Tensor, dim: int) -> Tensor:
+    """``x.cumsum(dim)``, dim -1 or -2, within groups and over the groups: a GPU goes along a dimension with few threads, token by token."""
+    if dim == -2:
+        return grouped_sums(x.mT, -1).mT
+    length = x.shape[-1]
+    inside = pad(x, (0, -length % GROUP)).unflatten(-1, (-1, GROUP)).cumsum(-1)
+    before = pad(cumulative(inside[..., :-1, -1], -1), (1, 0))
+    return (inside + before[..., None]).flatten(-2)[..., :length]
 
 
 def running_sum(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lba_exp.ops import CONVENTIONS, bidirectional_linear_attention_parts, step_log_decays
-from lba_exp.ops.decays import doubling_sums
+from lba_exp.ops import CONVENTIONS, bidirectional_linear_attention_parts, decays, step_log_decays
+from lba_exp.ops.decays import doubling_sums, grouped_sums
 
 from .compare import error
 
@@ -78,6 +78,17 @@ def test_blocks_of_a_sequence(convention):
 def test_sums_without_cumsum(dim, length):
     x = torch.rand(2, length, length, dtype=torch.float64)
     assert error(doubling_sums(x, dim), x.cumsum(dim)) < 1e-14
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("length", [1, 4, 5, 37])
+def test_sums_in_groups(dim, length, monkeypatch):
+    monkeypatch.setattr(decays, "GROUP", 4)
+    x = torch.rand(2, 3, length if dim == -2 else 2, length if dim == -1 else 1, dtype=torch.float64).requires_grad_()
+    y, expected = grouped_sums(x, dim), x.cumsum(dim)
+    weights = torch.rand_like(y)
+    grads = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (y, expected))
+    assert y.shape == x.shape and error(y, expected) < 1e-14 and error(*grads) < 1e-14
 
 
 def test_gradients_reach_the_gates():
