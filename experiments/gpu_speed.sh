@@ -24,7 +24,8 @@ done
 # one sequence of a million tokens
 run operator_million operator --decays selective --dtypes bfloat16 --batch 1 --heads 4 --lengths 1048576 --forms fused --no-softmax
 # a training step against its softmax twin: 197, 3,137 and 24,337 tokens
-run steps_224 steps softmax lion_lit lion_d lion_s lion_s_multiscan --form "$form" --resolution 224 --batch 128 --profile
+run steps_224 steps softmax lion_lit lion_d lion_s lion_s_multiscan --form "$form" --resolution 224 --batch 128 --compile graphs --profile
+run steps_224_blocks steps softmax lion_lit lion_d lion_s lion_s_multiscan --form "$form" --resolution 224 --batch 128 --compile blocks
 run steps_224_eager steps softmax lion_lit lion_d lion_s lion_s_multiscan --form "$form" --resolution 224 --batch 128 --compile off
-run steps_896 steps softmax lion_s --form "$form" --resolution 896 --batch 8
-run steps_2496 steps softmax lion_s --form "$form" --resolution 2496 --batch 1
+run steps_896 steps softmax lion_s --form "$form" --resolution 896 --batch 8 --compile graphs
+run steps_2496 steps softmax lion_s --form "$form" --resolution 2496 --batch 1 --compile graphs
