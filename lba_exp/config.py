@@ -273,8 +273,8 @@ class RunSchema:
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
     compile: bool | str = setting(
         False,
-        "torch.compile in training, validation and test: true: of the model's blocks; graphs: of the whole model for each shape of a batch, "
-        "as CUDA graphs",
+        "torch.compile in training, validation and test: true: of the model's blocks; graphs: of the whole model, for each shape of a "
+        "batch, as CUDA graphs",
         choices=(False, True, "graphs"),
     )
     sequence_parallel_size: int = setting(

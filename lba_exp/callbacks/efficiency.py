@@ -21,8 +21,8 @@ class Efficiency(pl.Callback):
     seconds and steps to a validation accuracy.
 
     The clock is that of the first process; it runs from one training batch to the next, data loading included. Left out are validation
-    and its parity checks, the first batch of a process, and batches for which torch.compile made a graph or recorded one. Sums are kept in the
-    checkpoint, so that an interrupted run reports the cost of all its parts.
+    and its parity checks, the first batch of a process, and batches for which torch.compile made a graph or recorded one. Sums are kept in
+    the checkpoint, so that an interrupted run reports the cost of all its parts.
 
     Args:
         target_accuracy: the validation accuracy whose first time is noted; None: no such time.
