@@ -61,7 +61,7 @@ def corpus(tmp_path_factory):
 
 def both(overrides):
     """The metrics of a run as it is written, and with CUDA graphs."""
-    runs = ([*overrides, "parity=off", "trainer.max_epochs=1", f"compile={flag}", f"folder={flag}"] for flag in ("false", "graphs"))
+    runs = ([*overrides, "parity=off", "trainer.max_epochs=1", f"compile={flag}", f"folder=run_{flag}"] for flag in ("false", "graphs"))
     return [lba_exp.train(lba_exp.compose(run), quiet=True)["metrics"] for run in runs]
 
 
