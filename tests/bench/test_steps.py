@@ -174,7 +174,7 @@ def test_stopped_by_the_user(tmp_path, monkeypatch, capsys):
         (["lion_s model.mixer.gat=none"], "model.mixer.gat is not a key of a run; did you mean model.mixer.gate?"),
         (["lion_s_mlm", "size=bert_mini"], "model.kind=masked_lm does not"),
         (["softmax", "--dtype=float16"], "--dtype: 'float16' is not a dtype"),
-        (["softmax", "--compile=all"], "--compile: 'all' is not what is compiled. Valid: model, blocks, off."),
+        (["softmax", "--compile=all"], "--compile: 'all' is not what is compiled. Valid: model, graphs, blocks, off."),
         (["softmax", "--resolution=0"], "--resolution 0 does not fit"),
         (["softmax", "model.patch_size=4", "--resolution=10"], "--resolution 10 is no multiple of model.patch_size=4."),
     ],
