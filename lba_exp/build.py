@@ -134,7 +134,9 @@ def task(cfg: DictConfig, spec: DataSpec) -> pl.LightningModule:
         raise ConfigError(f"augmentation.mixup and cutmix are not done by task={cfg.task}: give 0 for both.")
     judged = {key: value for key, value in judged.items() if key in taken}
     built = constructor(model(cfg.model, spec), classes=spec.classes, optim=plain["optim"], seed=cfg.seed, hyper_parameters=plain, **judged)
-    if cfg.compile:
+    if cfg.compile == "graphs":
+        built.compile_model(graphs=True)
+    elif cfg.compile:
         built.compile_model()
     if cfg.sequence_parallel_size > 1:
         if not isinstance(built.model, MixerStack) or not hasattr(built, "split_sequences"):
@@ -194,6 +196,8 @@ def trainer(cfg: DictConfig, folder: Path, parts: Parts, logs: list) -> pl.Train
         settings["enable_model_summary"] = False
     if settings["enable_progress_bar"] is None:
         settings["enable_progress_bar"] = sys.stderr.isatty()
+    if cfg.compile == "graphs":
+        settings["inference_mode"] = False  # CUDA graphs recorded in it leave torch with tensors that training must not write to
     callbacks = parts.callbacks() + ([RichProgressBar(leave=False)] if settings["enable_progress_bar"] else [])
     if keeps_checkpoints(cfg):
         callbacks += checkpoint_callbacks(folder, cfg.checkpoint)

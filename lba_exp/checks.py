@@ -14,7 +14,7 @@ from lba_exp.config import TRAINER_OWNED, MixerSchema, run_schema
 from lba_exp.config_parts import AugmentationSchema
 from lba_exp.data.sources import check_source, vocabulary_file
 from lba_exp.errors import ConfigError
-from lba_exp.messages import bounds_words, unknown
+from lba_exp.messages import as_typed, bounds_words, unknown
 from lba_exp.nn.conflicts import linear_conflict, softmax_conflict
 
 PRECISIONS = (
@@ -61,6 +61,8 @@ def check(cfg: DictConfig) -> None:
     _check_trainer(cfg.trainer)
     if cfg.sequence_parallel_size > 1:
         _check_sequence_parallel(cfg)
+    if cfg.compile == "graphs":
+        _check_graphs(cfg)
     if cfg.trainer.strategy == "fsdp2" and cfg.data.eval_batch_size == 1:
         raise ConfigError("data.eval_batch_size=1 does not fit trainer=fsdp, whose devices run as many batches each: give 2 or more.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_file():
@@ -241,11 +243,24 @@ def _check_sequence_parallel(cfg: DictConfig) -> None:
     if mixer.kind == "linear" and mixer.scan != "raster":
         raise ConfigError(f"{what} does not go with model.mixer.scan={mixer.scan}, which reads tokens in another order: give raster, or 1.")
     if cfg.compile:
-        raise ConfigError(f"{what} does not go with compile=true, which does not compile what devices send each other: give compile=false.")
+        given = f"compile={as_typed(cfg.compile)}"
+        raise ConfigError(f"{what} does not go with {given}, which does not compile what devices send each other: give compile=false.")
     if cfg.parity.mode == "strict":
         raise ConfigError(f"{what} does not go with parity=strict, as no device has a whole sequence to compare on: give parity=check.")
     if not (strategy in ("auto", "fsdp2") or strategy.startswith("ddp")):
         raise ConfigError(f"{what} does not go with trainer.strategy={strategy}: give trainer=ddp or trainer=fsdp.")
+
+
+def _check_graphs(cfg: DictConfig) -> None:
+    """A CUDA graph finds its weights where they were when it was recorded."""
+    strategy = str(cfg.trainer.strategy)
+    if strategy == "fsdp2":
+        raise ConfigError(
+            "compile=graphs does not go with trainer=fsdp, which gathers weights in other places at every step: give compile=true, or "
+            "trainer=ddp."
+        )
+    if not (strategy == "auto" or strategy.startswith("ddp")):
+        raise ConfigError(f"compile=graphs does not go with trainer.strategy={strategy}: give trainer=ddp, or compile=true.")
 
 
 def _check_trainer(trainer: DictConfig) -> None:

@@ -271,7 +271,12 @@ class RunSchema:
         None, "run folder, checkpoint, model folder or its model.safetensors, to take weights from, and nothing else"
     )
     plugins: list[str] = setting([], "modules to import first: they register mixers, gates, models, tasks, data")
-    compile: bool = setting(False, "compile the model's blocks with torch.compile, for training, validation and test")
+    compile: bool | str = setting(
+        False,
+        "torch.compile in training, validation and test: true: of the model's blocks; graphs: of the whole model, for each shape of a "
+        "batch, as CUDA graphs",
+        choices=(False, True, "graphs"),
+    )
     sequence_parallel_size: int = setting(
         1, "devices that share each sequence, a block of consecutive tokens each; divides the number of devices", low=1
     )

@@ -15,9 +15,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from lba_exp.errors import ConfigError
 
 
-def unknown(word: str, valid: Iterable[str], what: str) -> str:
+def as_typed(value: Any) -> str:
+    """A value as one writes it in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def unknown(word: str, valid: Iterable[Any], what: str) -> str:
     """``word`` is not ``what``, with the nearest match and all valid names."""
-    names = [str(v) for v in valid]
+    names = [as_typed(v) for v in valid]
     near = get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
     choose = f" Valid: {', '.join(names)}." if names else " There are none."
@@ -118,7 +123,7 @@ def _type_words(kind: Any) -> str:
 def bounds_words(metadata: Any) -> str:
     """The bounds of a setting in words, with a leading space; empty where there are none."""
     if "choices" in metadata:
-        return f": one of {', '.join(metadata['choices'])}"
+        return f": one of {', '.join(map(as_typed, metadata['choices']))}"
     if "names" in metadata:
         return f": one of {', '.join(metadata['names'].names)}"
     words = [f"{sign} {metadata[bound]}" for bound, sign in (("low", ">="), ("above", ">"), ("high", "<=")) if bound in metadata]
@@ -131,7 +136,10 @@ def describe(key: str, schema: Any) -> str:
     if member is None:
         return "see lba_exp/config.py."
     about = f" ({member.metadata['about']})" if "about" in member.metadata else ""
-    return f"give {_type_words(kind)}{bounds_words(member.metadata)}{about}."
+    words, choices = bounds_words(member.metadata), member.metadata.get("choices", ())
+    if not all(isinstance(choice, str) for choice in choices):  # of several types
+        return f"give{words.removeprefix(':')}{about}."
+    return f"give {_type_words(kind)}{words}{about}."
 
 
 def from_hydra(error: Exception, schema: Any, global_groups: Iterable[str]) -> str:

@@ -32,8 +32,8 @@ class StepSettings:
         batch: images B a step.
         classes: number of classes.
         dtype: "float32", or "bfloat16": autocast over forward pass and loss, weights and optimizer in float32.
-        compile: "model" (the whole model, for its one shape), "graphs" (that, its kernels recorded once as CUDA graphs, so that the host
-            launches a graph where it launched hundreds of kernels), "blocks" (as ``compile=true`` of a run) or "off".
+        compile: "model" (the whole model, for its one shape), "graphs" (as ``compile=graphs`` of a run: that, its kernels recorded once as
+            CUDA graphs, so that the host launches a graph where it launched hundreds of kernels), "blocks" (as ``compile=true``) or "off".
         profile: one more step of each model under torch's profiler, after all turns.
         device, threads, repeats, seconds: as of ``lba_exp.bench.settings.Settings``.
     """

@@ -21,8 +21,8 @@ class Efficiency(pl.Callback):
     seconds and steps to a validation accuracy.
 
     The clock is that of the first process; it runs from one training batch to the next, data loading included. Left out are validation
-    and its parity checks, the first batch of a process, and batches for which torch.compile made a graph. Sums are kept in the
-    checkpoint, so that an interrupted run reports the cost of all its parts.
+    and its parity checks, the first batch of a process, and batches for which torch.compile made a graph or recorded one. Sums are kept in
+    the checkpoint, so that an interrupted run reports the cost of all its parts.
 
     Args:
         target_accuracy: the validation accuracy whose first time is noted; None: no such time.
@@ -184,9 +184,12 @@ class Efficiency(pl.Callback):
 
 
 def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
+    """Grows with each graph that torch.compile makes in this process, and with each that is recorded as a CUDA graph."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+    if dynamo is None:
+        return 0
+    counters = dynamo.counters  # a recording counts the inputs that it copies, of which there are always some
+    return counters["stats"]["unique_graphs"] + counters["inductor"]["cudagraph_recorded_non_static_inputs"]
 
 
 def reset_peak(device: torch.device) -> None:

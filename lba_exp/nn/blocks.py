@@ -126,7 +126,8 @@ class MixerStack(nn.Module):
         for block in self.blocks:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 options = {}
-                if any(isinstance(module, BatchNorm) for module in block.modules()):
+                # in a compiled model what changes a buffer is no part of what is computed again
+                if not torch.compiler.is_compiling() and any(isinstance(module, BatchNorm) for module in block.modules()):
                     options["context_fn"] = lambda: (nullcontext(), recomputation())
                 x = checkpoint(self.run_block, block, x, padding_mask, use_reentrant=False, **options)
             else:

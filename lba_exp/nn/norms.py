@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,18 @@ from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice
 
 NORMS = ("layer", "batch")
-_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+_recomputing = False  # no ContextVar, at which torch 2.11 breaks a graph
 
 
 @contextmanager
 def recomputation() -> Iterator[None]:
     """Inside, batch norms leave their running statistics alone: a checkpointed block would count each batch twice."""
-    token = _recomputing.set(True)
+    global _recomputing
+    before, _recomputing = _recomputing, True
     try:
         yield
     finally:
-        _recomputing.reset(token)
+        _recomputing = before
 
 
 class BatchNorm(nn.Module):
@@ -66,7 +66,7 @@ class BatchNorm(nn.Module):
         count = total.clamp(min=1)
         mean = everywhere((x * weight).sum((0, 1))) / count
         variance = everywhere(((x - mean).square() * weight).sum((0, 1))) / count
-        if not _recomputing.get():
+        if not _recomputing:
             with torch.no_grad():
                 share = self.momentum * (total > 0)
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lba_exp.models.pretrained import MODEL_CONFIG
 from lba_exp.nn.blocks import CompiledBlocks, MixerStack
+from lba_exp.nn.compiled import CompiledModule, own_gradients
 from lba_exp.nn.decay_groups import weight_decay_groups
 from lba_exp.nn.inputs import further_inputs
 from lba_exp.tasks.many_devices import SequenceSplit, StepTargets, batch_weight, restore, scale_gradients, shard_where_wanted, sums
@@ -103,8 +104,9 @@ class Classification(pl.LightningModule):
     ):
         super().__init__()
         self.model = model
-        self._whole: Callable[..., Tensor] | None = None
-        self._blocks: Callable[[], AbstractContextManager] = nullcontext
+        self._compiled: Callable[[], AbstractContextManager] = nullcontext
+        self._graphs = False  # whether CUDA graphs are recorded
+        self._step_begins = False  # whether the training batch is the first of its optimizer step
         self.optim = dict(optim)
         self.seed = seed
         if hyper_parameters:
@@ -119,13 +121,22 @@ class Classification(pl.LightningModule):
         self._split = SequenceSplit()
         self._trained = False  # whether the training means hold anything; the same on every device
 
-    def compile_model(self) -> None:
-        """Training, validation and test run the model's blocks compiled from now on, see ``CompiledBlocks``; a model without blocks is
-        compiled whole. ``self.model`` itself stays as it is."""
-        if any(isinstance(module, MixerStack) for module in self.model.modules()):
-            self._blocks = CompiledBlocks(self.model)
+    def compile_model(self, *, graphs: bool = False) -> None:
+        """Training, validation and test run the model compiled from now on: its blocks, see ``CompiledBlocks`` (a model without blocks is
+        compiled whole), or, with ``graphs``, all of it for each shape by itself, as CUDA graphs, see ``CompiledModule``. ``self.model``
+        itself stays as it is. ConfigError for a model that cannot be recorded."""
+        self._graphs = graphs
+        if graphs:
+            part = self._recorded_part()
+            self._compiled = CompiledModule(part, graphs=True, clone=part is self.model)  # metrics may keep the logits
+        elif any(isinstance(module, MixerStack) for module in self.model.modules()):
+            self._compiled = CompiledBlocks(self.model)
         else:
-            self._whole = torch.compile(self.model.forward)
+            self._compiled = CompiledModule(self.model)
+
+    def _recorded_part(self) -> nn.Module:
+        """The part of the model all of whose tensors have the same shape whenever its inputs have."""
+        return self.model
 
     def split_sequences(self, size: int) -> None:
         """Sequences are split over ``size`` devices each from now on, see ``SequenceSplit``."""
@@ -136,8 +147,8 @@ class Classification(pl.LightningModule):
 
     def logits(self, batch: dict[str, Tensor], **further: Tensor) -> Tensor:
         """What the model, compiled where that was asked for, gives for a batch; ``further`` arguments beside those in the batch."""
-        with self._blocks():
-            return (self._whole or self.model)(batch["inputs"], **further_inputs(batch), **further)
+        with self._compiled():
+            return self.model(batch["inputs"], **further_inputs(batch), **further)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes) of a batch."""
@@ -151,6 +162,13 @@ class Classification(pl.LightningModule):
         # A state of the generator that depends on the position alone makes a resumed run repeat the uninterrupted one.
         words = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int.from_bytes(hash_words(words)[:8], "little"))
+        self._step_begins = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self._graphs and self._step_begins:
+            self.zero_grad()  # they lie in the graphs' memory, which the forward pass writes to before Lightning drops them
+
+    def on_after_backward(self) -> None:
+        if self._graphs and self._step_begins and self.trainer.accumulate_grad_batches > 1:
+            own_gradients(self.parameters())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels = self.logits_and_labels(batch if self._mixing is None else self._mixing(batch))
@@ -191,9 +209,9 @@ class Classification(pl.LightningModule):
         return {"loss": self.train_loss, **self.train_metrics}
 
     def configure_model(self) -> None:
-        compiled = self._whole is not None or self._blocks is not nullcontext
-        if shard_where_wanted(self, compiled=compiled):  # blocks are then compiled there: the gathering of weights around them cannot be
-            self._whole, self._blocks = None, nullcontext
+        # blocks are then compiled there: the gathering of weights around them cannot be
+        if shard_where_wanted(self, compiled=self._compiled is not nullcontext):
+            self._compiled = nullcontext
         self._split.join(self.trainer, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

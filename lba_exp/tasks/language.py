@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lba_exp.errors import ConfigError
 from lba_exp.tasks.classification import Classification
 from lba_exp.tasks.metrics import IGNORED_LABEL
 
@@ -21,6 +22,16 @@ class LanguageModelling(Classification):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (n, vocabulary) at the labelled positions of a batch."""
         return self.logits(batch, selected=batch["labels"] != IGNORED_LABEL)
+
+    def _recorded_part(self) -> nn.Module:
+        """The encoder: the number of labelled positions is another one in every batch."""
+        encoder = getattr(self.model, "encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise ConfigError(
+                f"compile=graphs does not go with {type(self.model).__name__}, a language model without an encoder of its own, as the "
+                "number of its outputs is another one in every batch: give compile=true."
+            )
+        return encoder
 
     def logits_and_labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         labels = batch["labels"]

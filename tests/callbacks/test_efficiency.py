@@ -80,14 +80,15 @@ def test_a_target_that_is_not_reached_is_said(small, capsys):
 
 
 def test_what_compiling_takes_is_not_counted(small, monkeypatch):
-    """A function that makes a graph, and takes its time, when it is called first and when it is called for the fourth time."""
+    """A function that makes a graph, and takes its time, when it is called first, and records one when it is called for the fourth time."""
     calls = []
 
     def compiling(function):
         def run(*arguments):
             calls.append(torch.is_grad_enabled())
             if len(calls) in (1, 4):
-                torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+                kind, name = ("stats", "unique_graphs") if len(calls) == 1 else ("inductor", "cudagraph_recorded_non_static_inputs")
+                torch._dynamo.utils.counters[kind][name] += 1
                 time.sleep(2)
             return function(*arguments)
 
