@@ -45,6 +45,11 @@ def _mask(mask: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
     return (other, 0) if mask is None else (mask.contiguous().view(torch.uint8), mask.shape[1])
 
 
+def _in_a_row(order: Tensor | None) -> Tensor | None:
+    """The order, (L,), as the kernels read it: a view may have gaps."""
+    return None if order is None else order.contiguous()
+
+
 def _states(size: Sizes, call: Call, plan: plans.Plan, sums, x, y, mask, order, *, den=None, out=None, dot=None, adjoint=False):
     """What enters the blocks from the right and from the left, states or their adjoints: (2, B H, blocks, D, Dv), (2, B H, blocks, D)."""
     high, low, totals, blocks = sums
@@ -87,6 +92,7 @@ def forward(
     """Output (B, L, H, Dv), in the dtype of v where divided or unscaled, else float32; denominator (B, H, L) float32, empty if unscaled."""
     size = Sizes(q, v)
     q, k, v = (rows_last(x) for x in (q, k, v))
+    order = _in_a_row(order)
     if call.is_linear(f, g):
         return _planned("linear", size, lambda plan: _linear_forward(q, k, v, mask, call, size, plan))
     return _planned("forward", size, lambda plan: _forward(q, k, v, f, g, mask, order, call, size, plan))
@@ -130,6 +136,7 @@ def backward(
     """
     size = Sizes(q, v)
     q, k, v, grad = (rows_last(x) for x in (q, k, v, grad))
+    order = _in_a_row(order)
     if call.is_linear(f, g):
         given = (q, k, v, mask, call, size, out, den, grad, grad_den)
         return *_planned("linear", size, lambda plan: _linear_backward(*given, plan)), None, None
