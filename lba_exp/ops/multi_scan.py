@@ -32,7 +32,7 @@ def bidirectional_linear_attention_scans(
     token_order: int64 ``(S, L)``, the order of each scan.
 
     All else, and the errors raised, as of ``bidirectional_linear_attention``. Returns ``(B, L, H, Dv)`` in the dtype of v. The fused form
-    joins the scans in its kernels: no numerator but the last one's reaches autograd.
+    joins the scans in its kernels, and no numerator reaches autograd.
     """
     checks.number("eps", eps, least=0.0)
     if not isinstance(token_order, Tensor) or token_order.ndim != 2 or not len(token_order):
