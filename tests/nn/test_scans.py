@@ -52,3 +52,12 @@ def test_orders_are_no_part_of_the_weights_and_follow_the_layer():
     layer = LinearAttention(8, 2, scan="snake", grid=(2, 3))
     assert not any("orders" in name or "places" in name for name in layer.state_dict())
     assert layer.to("meta").orders.device.type == "meta"
+
+
+def test_gradients_find_their_way_back_through_the_scans():
+    torch.manual_seed(2)
+    layer = LinearAttention(4, 2, scan="multi", grid=(3, 2), class_token=True).double()
+    assert (layer.orders[1] != layer.places[1]).any(), "an order that undoes itself would tell nothing"
+    for gate in (layer.gate, layer.gate2):
+        torch.nn.init.normal_(gate.projection.weight)
+    assert torch.autograd.gradcheck(layer, torch.randn(1, 7, 4, dtype=torch.float64, requires_grad=True))
