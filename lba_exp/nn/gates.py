@@ -123,10 +123,8 @@ class SelectiveGate(Gate):
                 self.projection.bias.copy_(scalar_logits(heads, init))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decay(F.linear(x, self.projection.weight))
-
-    def decay(self, products: Tensor) -> Tensor:
-        """The log decays from W x, in any dtype: the bias, which holds the memory lengths, and all after it in at least float32."""
+        products = F.linear(x, self.projection.weight)
+        # the bias holds the memory lengths: it and all after it in at least float32
         return F.logsigmoid(at_least_float32(products) + at_least_float32(self.projection.bias))
 
 
