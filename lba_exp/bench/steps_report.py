@@ -84,11 +84,14 @@ def notes(record: Record) -> list[str]:
     """What the columns mean."""
     settings, environment = record["settings"], record["environment"]
     load = f"load average {environment['load_average'][0]} before, {record['load_average_after']} after"
+    memory = f"weights, optimizer state, batch, and what a step adds ({environment['memory_method']})"
+    if settings["compile"] == "graphs":
+        memory = "not told: CUDA graphs take their memory once, all models together; --compile model or blocks tells"
     return [
         f"step: forward pass, loss, backward pass, AdamW (one kernel), gradients set to none, on synthetic images of {settings['classes']} "
         f"classes; median of at least {settings['repeats']} steps, in turns with the other models, all of them warmed up before.",
         f"spread: {spread(record['cells'])}; {load}.",
-        f"peak memory: weights, optimizer state, batch, and what a step adds ({environment['memory_method']}).",
+        f"peak memory: {memory}.",
         *profile_report.notes(record),
     ]
 

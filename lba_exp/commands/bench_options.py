@@ -75,7 +75,11 @@ def make(command: str, description: str, runs: Mapping[str, Callable]) -> argpar
     third.add_argument("--batch", default="128", help="images a step (%(default)s)")
     third.add_argument("--classes", default="1000", help="(%(default)s)")
     third.add_argument("--dtype", default="bfloat16", help=f"{', '.join(STEP_DTYPES)}: bfloat16 is autocast (%(default)s)")
-    third.add_argument("--compile", default="model", help=f"{', '.join(COMPILES)}: blocks is what compile=true of a run does (%(default)s)")
+    third.add_argument(
+        "--compile",
+        default="model",
+        help=f"{', '.join(COMPILES)}: blocks is what compile=true of a run does, graphs what compile=graphs does (%(default)s)",
+    )
     third.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
     third.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
     third.add_argument("--repeats", default="5", help="turns of each model (%(default)s)")

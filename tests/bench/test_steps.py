@@ -10,6 +10,7 @@ from lba_exp import build
 from lba_exp.bench import steps
 from lba_exp.bench.measure import LONGEST_TURN
 from lba_exp.bench.step_settings import StepSettings, configurations
+from lba_exp.bench.steps_report import notes
 from lba_exp.commands import bench
 from lba_exp.ops import api
 
@@ -64,6 +65,10 @@ def test_every_model_has_its_line(tmp_path, capsys):
         words = " ".join(text.split())
         assert "Training step, 12 px (10 tokens), batch 3, bf16 autocast, not compiled, size=vit_tiny model.width=8" in words
         assert all(name in words for name in found) and "images/s" in words
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert "peak memory: weights" in "".join(notes(record))
+    record["settings"]["compile"] = "graphs"
+    assert "peak memory: not told: CUDA graphs" in "".join(notes(record))
 
 
 def test_a_step_is_adamws_on_the_loss():
