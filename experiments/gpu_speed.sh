@@ -16,7 +16,7 @@ run() {  # name of the folder, then the benchmark
     fi
 }
 
-# the operator at a constant number of tokens, one decay a run: the first call of a kernel tunes it, which takes minutes in all
+# the operator at a constant number of tokens, one decay a run: flash-linear-attention tunes a kernel at its first call, which takes minutes in all
 for decay in none fixed selective; do
     run "operator_$decay" operator --decays "$decay" --dtypes bfloat16 --tokens 131072 --heads 12 --lengths 197,1024,4096,16384,65536 \
         --forms "$forms"
