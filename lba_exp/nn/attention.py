@@ -288,7 +288,7 @@ class LinearAttention(nn.Module):
             return ops.bidirectional_linear_attention(**calls[0], form=self.form)
         if not self.scaled:
             return sum(ops.bidirectional_linear_attention(**call, form=self.form) for call in calls) / 2
-        if not self.complement_keys:  # all read the same keys
+        if not self.complement_keys and self.sequence_ranks is None:  # all read the same keys
             each = {name: [call[name] for call in calls] for name in ("forward_log_decay", "backward_log_decay")}
             decays = {name: None if x[0] is None else torch.stack(x) for name, x in each.items()}
             shared = {name: x for name, x in calls[0].items() if name not in ("scaled", "sequence_group")}

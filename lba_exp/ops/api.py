@@ -248,7 +248,8 @@ def bidirectional_linear_attention(
     padding_mask: bool ``(B, L)``, True = real token. Padded tokens give no key and no value, and their output is 0; their decays still
         count, so padding at either end equals cutting it off.
     form: "parallel", "recurrent", "chunkwise", "blockwise", "fused" or "auto" (``choose_form`` tells which); all give the same results.
-        "fused" is for GPUs: float32 and half precision, no decay per channel, Dk and Dv up to 128.
+        "fused" is for GPUs: float32 and half precision, no decay per channel, Dk and Dv up to 128. In half precision its gradient of a
+        fixed decay, a sum over all tokens, may be off by a few percent where it nearly cancels (``fused/NOTES.md``).
     chunk_size: tokens a chunk in the chunkwise and blockwise forms; not a part of the result.
     token_order: int64 ``(L,)``, the tokens in the order in which they are read, each once (a scan of an image's patches, say); the decays
         are given in that order, all else, the output too, as the tokens are stored. None: as they are stored.

@@ -46,16 +46,18 @@ def bidirectional_linear_attention_scans(
             raise ValueError(f"{name}: expected None or the decays of {scans} scans, stacked, got {got}")
     each = [{name: None if x is None else x[n] for name, x in decays.items()} | {"token_order": token_order[n]} for n in range(scans)]
     settings = {"diagonal_weight": diagonal_weight, "direction": direction, "padding_mask": padding_mask, "chunk_size": chunk_size}
-    for one in each:
-        check_arguments(q, k, v, **one, **settings, form=form)
-    vector = any(x is not None and x.ndim in (3, 5) for x in decays.values())
-    form = form_for(form, q, k, v, vector)
+    checks.check_tensors(q, k, v)
+    checks.choice("direction", direction, tuple(DIRECTIONS))
+    # a direction that is not read has no decay
+    read = [x if name.split("_")[0] in DIRECTIONS[direction] else None for name, x in decays.items()]
+    form = form_for(form, q, k, v, any(x is not None and x.ndim in (3, 5) for x in read))
     if form == "fused":
-        directions = DIRECTIONS[direction]
-        read = [x if name.split("_")[0] in directions else None for name, x in decays.items()]
+        for one in each:
+            check_arguments(q, k, v, **one, **settings, form=form)
         with no_autocast(q.device):
             y = fused_scans(
-                q, k, v, *read, padding_mask, token_order, weight=float(diagonal_weight), directions=directions, eps=float(eps)
+                q, k, v, *read, padding_mask, token_order,
+                weight=float(diagonal_weight), directions=DIRECTIONS[direction], eps=float(eps),
             )  # fmt: skip
         return y.to(v.dtype)
     num, den = 0.0, 0.0
