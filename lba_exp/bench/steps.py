@@ -17,6 +17,7 @@ from lba_exp.bench.step_settings import StepSettings
 from lba_exp.callbacks.memory import LiveTensors
 from lba_exp.data.spec import DataSpec
 from lba_exp.nn.blocks import GRAPHS, CompiledBlocks
+from lba_exp.nn.compiled import CompiledModule
 from lba_exp.nn.decay_groups import weight_decay_groups
 
 CHANNELS = 3
@@ -83,12 +84,12 @@ def _compiled(model: nn.Module, what: str) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, compiled as ``StepSettings.compile`` says."""
     if what == "off":
         return model
-    if what in ("model", "graphs"):
-        return torch.compile(model, dynamic=False, mode="reduce-overhead" if what == "graphs" else None)
-    blocks = CompiledBlocks(model)
+    if what == "model":
+        return torch.compile(model, dynamic=False)
+    compiled = CompiledModule(model, graphs=True) if what == "graphs" else CompiledBlocks(model)
 
     def forward(images: Tensor) -> Tensor:
-        with blocks():
+        with compiled():
             return model(images)
 
     return forward

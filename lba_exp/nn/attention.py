@@ -19,7 +19,7 @@ from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
-EPS = 1e-6  # added to denominators, and to the mean square of the RMS norm
+EPS = 1e-6  # added to denominators
 
 
 def row_sums(
@@ -293,12 +293,9 @@ class LinearAttention(nn.Module):
             decays = {name: None if x[0] is None else torch.stack(x) for name, x in each.items()}
             shared = {name: x for name, x in calls[0].items() if name not in ("scaled", "sequence_group")}
             return ops.bidirectional_linear_attention_scans(**shared | decays | {"token_order": self.orders}, form=self.form, eps=EPS)
-        num, den = 0.0, 0.0
-        for call in calls:
-            parts = {name: value for name, value in call.items() if name != "scaled"}
-            one, other = ops.bidirectional_linear_attention_parts(**parts, form=self.form)
-            num, den = num + one / 2, den + other / 2
-        return (num / (den + EPS)[..., None]).to(calls[0]["v"].dtype)
+        parts = ({name: value for name, value in call.items() if name != "scaled"} for call in calls)
+        each = [ops.bidirectional_linear_attention_parts(**part, form=self.form) for part in parts]
+        return ops.divided_means(each, calls[0]["padding_mask"], EPS).to(calls[0]["v"].dtype)
 
     def extra_repr(self) -> str:
         parts = {"heads": self.heads, "feature_map": self.feature_map_name, "gate": self.gate_name, "convention": self.convention}

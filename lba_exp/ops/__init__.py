@@ -10,7 +10,7 @@ from lba_exp.ops.api import (
 )
 from lba_exp.ops.decays import CONVENTIONS, step_log_decays
 from lba_exp.ops.estimates import estimate_bytes
-from lba_exp.ops.multi_scan import bidirectional_linear_attention_scans
+from lba_exp.ops.multi_scan import bidirectional_linear_attention_scans, divided_means
 from lba_exp.ops.streaming import start_state, stream
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "bidirectional_linear_attention_scans",
     "can_run_fused",
     "choose_form",
+    "divided_means",
     "estimate_bytes",
     "start_state",
     "step_log_decays",

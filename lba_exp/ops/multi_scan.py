@@ -1,5 +1,7 @@
 """Several scans of the same tokens, normalised together: the multi-scan attention of images."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lba_exp.ops import checks
@@ -60,10 +62,16 @@ def bidirectional_linear_attention_scans(
                 weight=float(diagonal_weight), directions=DIRECTIONS[direction], eps=float(eps),
             )  # fmt: skip
         return y.to(v.dtype)
-    num, den = 0.0, 0.0
-    for one in each:
-        parts = bidirectional_linear_attention_parts(q, k, v, **one, **settings, form=form)
-        num, den = num + parts[0] / scans, den + parts[1] / scans
+    parts = [bidirectional_linear_attention_parts(q, k, v, **one, **settings, form=form) for one in each]
+    return divided_means(parts, padding_mask, eps).to(v.dtype)
+
+
+def divided_means(parts: Sequence[tuple[Tensor, Tensor]], padding_mask: Tensor | None, eps: float) -> Tensor:
+    """The mean numerator over the mean denominator plus ``eps``: pairs ``(B, L, H, Dv)``, ``(B, L, H)`` -> ``(B, L, H, Dv)``.
+
+    parts: what ``bidirectional_linear_attention_parts`` gives for each scan; padding_mask: as there.
+    """
+    num, den = (sum(part / len(parts) for part in each) for each in zip(*parts, strict=True))
     if padding_mask is not None:
         den = den.masked_fill(~padding_mask[:, :, None], 1.0)  # 0 / 0 when eps is 0
-    return (num / (den + eps)[..., None]).to(v.dtype)
+    return num / (den + eps)[..., None]

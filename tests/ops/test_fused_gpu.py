@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def _compiled(request):
             list(pool.map(compile_ahead, jobs))
 
 
-def hold(job: Job, seeds: int, tolerance: float | None = None) -> None:
+def hold(job: Job, seeds: int, tolerance: float | None = None, looser: Callable[[Case], dict[str, float]] = looser) -> None:
     from .poison import poisoned
 
     with job.settings(), poisoned():
@@ -68,6 +69,12 @@ def hold(job: Job, seeds: int, tolerance: float | None = None) -> None:
 @pytest.mark.parametrize("job", DEFAULT, ids=lambda job: job.name)
 def test_contract(job):
     hold(job, 3, 1e-3 if job.precision != "highest" else None)
+
+
+@pytest.mark.parametrize("job", [job for job in DEFAULT if looser(job.case)], ids=lambda job: job.name)
+@pytest.mark.xfail(strict=False, reason="the contract's 1e-2 is missed by the gradient of a fixed decay, in some draws")
+def test_fixed_decays_in_half_precision_hold_the_contract_too(job):
+    hold(job, 3, looser=lambda case: {})
 
 
 @pytest.mark.parametrize("job", PLANS, ids=lambda job: job.name)

@@ -7,8 +7,8 @@ decays, the padding mask, the output and the denominator; a numerator lives from
 import torch
 from torch import Tensor
 
-from lba_exp.ops.fused.operator import empty_gradient, no_gradient, obstacle
-from lba_exp.ops.precision import first_derivative, no_forward_mode
+from lba_exp.ops.fused.operator import decay_gradients, empty_gradient, no_gradient, ready
+from lba_exp.ops.precision import first_derivative
 
 
 @torch.library.custom_op("lba_exp::fused_scans_forward", mutates_args=())
@@ -61,10 +61,7 @@ def _gradients(ctx, grad, _):
         return (None,) * 11
     needs = [x is not None and needed for x, needed in zip((f, g), ctx.needs_input_grad[3:5], strict=True)]
     *grads, df, dg = _backward(q, k, v, f, g, mask, orders, out, den, grad, *needs, *ctx.options)
-    steps = []
-    for x, dx, need in zip((f, g), (df, dg), needs, strict=True):
-        steps.append(None if not need else dx.to(x.dtype) if x.ndim == 2 else dx.transpose(2, 3))
-    return *grads, *steps, *(None,) * 6
+    return *grads, *decay_gradients((f, g), (df, dg), needs), *(None,) * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -79,11 +76,6 @@ def fused_scans(
     Arguments as of ``fused``, but for forward, backward: None, ``(S, H)`` or ``(S, B, L, H)``, None where that direction is not read; and
     orders: int64 ``(S, L)``. Raises as it does.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    vector = any(x is not None and x.ndim in (3, 5) for x in (forward, backward))
-    if reason := obstacle(q.device, dtype, vector, q.shape[-1], v.shape[-1]):
-        raise ValueError(reason)
-    no_forward_mode(q, k, v, forward, backward)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = ready(q, k, v, forward, backward, vector=any(x is not None and x.ndim in (3, 5) for x in (forward, backward)))
     read = ("forward" in directions, "backward" in directions)
     return _forward(q, k, v, forward, backward, mask, orders, weight, *read, eps)[0]

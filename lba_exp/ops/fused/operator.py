@@ -115,18 +115,25 @@ def _gradients(ctx, grad, grad_den):
     needs = [x is not None and needed for x, needed in zip((f, g), ctx.needs_input_grad[3:5], strict=True)]
     needs = [needs[0] and forward, needs[1] and backward]
     *grads, df, dg = _backward(q, k, v, f, g, mask, order, out, den, grad, grad_den, *needs, *ctx.options)
-    steps = []
-    for x, dx, need in zip((f, g), (df, dg), needs, strict=True):
-        if not need:
-            steps.append(None)
-        elif x.ndim == 1:
-            steps.append(dx.to(x.dtype))
-        else:
-            steps.append(dx.transpose(1, 2))
-    return *grads, *steps, *(None,) * 8
+    return *grads, *decay_gradients((f, g), (df, dg), needs), *(None,) * 8
+
+
+def decay_gradients(decays, gradients, needs) -> list[Tensor | None]:
+    """Gradients of log decays in their own shape and dtype, from those that ``launch`` gives, of one scan or of several."""
+    pairs = zip(decays, gradients, needs, strict=True)
+    return [None if not need else dx.to(x.dtype) if dx.dtype == torch.float64 else dx.mT for x, dx, need in pairs]
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def ready(q: Tensor, k: Tensor, v: Tensor, forward: Tensor | None, backward: Tensor | None, *, vector: bool) -> tuple[Tensor, ...]:
+    """q, k, v in their widest dtype; ValueError or RuntimeError where the kernels cannot run on them, or on such decays."""
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if reason := obstacle(q.device, dtype, vector, q.shape[-1], v.shape[-1]):
+        raise ValueError(reason)
+    no_forward_mode(q, k, v, forward, backward)
+    return tuple(x.to(dtype) for x in (q, k, v))
 
 
 def fused(
@@ -144,12 +151,7 @@ def fused(
     Returns (y or num in the widest dtype, None); or, scaled without ``eps``, (num, den ``(B, L, H)``), both float32. Raises ValueError
     where it cannot run (``obstacle``), RuntimeError for derivatives beyond the first and for forward-mode ones.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    vector = any(x is not None and x.ndim in (2, 4) for x in (forward, backward))
-    if reason := obstacle(q.device, dtype, vector, q.shape[-1], v.shape[-1]):
-        raise ValueError(reason)
-    no_forward_mode(q, k, v, forward, backward)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = ready(q, k, v, forward, backward, vector=any(x is not None and x.ndim in (2, 4) for x in (forward, backward)))
     divided = scaled and eps is not None
     read = ("forward" in directions, "backward" in directions)
     out, den = _forward(q, k, v, forward, backward, mask, order, weight, *read, scaled, divided, eps if divided else 0.0)
