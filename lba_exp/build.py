@@ -29,7 +29,7 @@ from lba_exp.callbacks.preemption import Preemption
 from lba_exp.callbacks.recorder import Recorder
 from lba_exp.callbacks.resplitting import Resplitting
 from lba_exp.callbacks.samples import Samples
-from lba_exp.config import DataSchema, ModelSchema
+from lba_exp.config import DataSchema, MixerSchema, ModelSchema
 from lba_exp.data.spec import DataSpec
 from lba_exp.devices import fsdp  # noqa: F401 (makes the strategy known to Lightning by its name)
 from lba_exp.devices.signals import Requests
@@ -77,6 +77,7 @@ def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> d
     settings = OmegaConf.to_container(cfg.mixer)
     options, kind = settings.pop("options"), settings.pop("kind")
     constructor = registry.MIXERS[kind]
+    taken = inspect.signature(constructor).parameters
     if kind == "linear":
         options = settings
         if settings["scan"] != "raster":
@@ -85,7 +86,10 @@ def mixer(cfg: DictConfig, layer: int, grid: tuple[int, int] | None = None) -> d
             options |= {"grid": list(grid), "class_token": cfg.pooling != "mean"}
     elif kind == "softmax":
         options = {"feature_map": settings["feature_map"], "direction": settings["direction"]}
-    if kind in ("linear", "softmax") and settings["direction"] == "alternating":
+    else:
+        named = fitting(constructor, settings, MixerSchema(), "model.mixer")
+        options = {key: value for key, value in named.items() if key in taken} | options
+    if "layer" in taken and options.get("direction") == "alternating":
         options["layer"] = layer
     try:
         inspect.signature(constructor).bind(cfg.width, cfg.heads, **options)

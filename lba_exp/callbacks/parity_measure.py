@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lba_exp import ops
 from lba_exp.callbacks.memory import LiveTensors
+from lba_exp.nn.mixer import OperatorMixer
 from lba_exp.results.compare import run_form
 
 OPERATOR_SCORES = 2**25  # at most so many scores per layer in float64 (256 MiB), which decides on how many samples the operator is judged
@@ -104,12 +105,12 @@ def operator_calls(layer: nn.Module, x: Tensor, padding_mask: Tensor | None) -> 
 
 
 @contextmanager
-def _watched(model: nn.Module, see: Callable[[dict], None]) -> Iterator[None]:
-    """Every linear layer hands the operands of each of its calls to ``see`` before it runs."""
+def _watched(model: nn.Module, see: Callable[[nn.Module, dict], None]) -> Iterator[None]:
+    """Every linear layer hands itself and the operands of each of its calls to ``see`` before it runs."""
 
     def hook(layer, args, kwargs):
         for operands in operator_calls(layer, args[0], args[1] if len(args) > 1 else kwargs.get("padding_mask")):
-            see(operands)
+            see(layer, operands)
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in linear_layers(model)]
     try:
@@ -126,9 +127,10 @@ def layer_shapes(model: nn.Module, batch: Mapping[str, Any]) -> list[LayerShape]
     """
     shapes = []
 
-    def see(operands):
-        rows, length, heads, key_width = operands["q"].shape
-        shapes.append((length, rows * heads, key_width, operands["v"].shape[-1]))
+    def see(layer, operands):
+        call_shape = getattr(layer, "call_shape", OperatorMixer.call_shape)
+        rows, length, heads, key_width, value_width = call_shape(operands)
+        shapes.append((length, rows * heads, key_width, value_width))
 
     with _watched(model, see):
         run_form(model, model.form, head_of(batch, 1))
@@ -162,10 +164,11 @@ def operator_errors(
     judge = "parallel" if over_budget("parallel", 1, shapes, budget_gib, itemsize=8) is None else "recurrent"
     errors = dict.fromkeys(forms, 0.0)
 
-    def see(operands):
-        expected = _outputs(_as_float64(operands), judge)
+    def see(layer, operands):
+        operator = getattr(layer, "operator", ops.bidirectional_linear_attention)
+        expected = _outputs(operator, _as_float64(operands), judge)
         for form in forms:
-            for y, y_expected in zip(_outputs(operands, form), expected, strict=True):
+            for y, y_expected in zip(_outputs(operator, operands, form), expected, strict=True):
                 error = float((y - y_expected).norm() / y_expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
                 errors[form] = error if math.isnan(error) or error > errors[form] else errors[form]
 
@@ -174,14 +177,14 @@ def operator_errors(
     return errors, judge
 
 
-def _outputs(operands: Mapping[str, Any], form: str) -> tuple[Tensor, ...]:
+def _outputs(operator: Callable[..., Tensor], operands: Mapping[str, Any], form: str) -> tuple[Tensor, ...]:
     """The operator's output in float64; numerator and denominator apart where scores of both signs could cancel in the denominator."""
     signed = min(float(operands["q"].min()), float(operands["k"].min())) < 0
-    if operands.get("scaled", True) and signed:
+    if operator is ops.bidirectional_linear_attention and operands.get("scaled", True) and signed:
         kept = {name: value for name, value in operands.items() if name not in ("scaled", "eps")}
         outputs = ops.bidirectional_linear_attention_parts(**kept, form=form)
     else:
-        outputs = (ops.bidirectional_linear_attention(**operands, form=form),)
+        outputs = (operator(**operands, form=form),)
     return tuple(y.cpu().double() for y in outputs)
 
 

@@ -12,6 +12,7 @@ from lba_exp.nn import hippo
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.conflicts import DT_MAX, DT_MIN, HIPPO, linear_conflict
 from lba_exp.nn.head_norms import make_head_norm
+from lba_exp.nn.mixer import OperatorMixer
 from lba_exp.nn.scans import SCANS, direction_of_layer, scan_order
 from lba_exp.nn.sequence_ranks import SequenceRanks
 from lba_exp.ops.checks import choice, unchecked_decays
@@ -48,7 +49,7 @@ def row_sums(
     return (q.to(dtype) * total).sum(-1)
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(OperatorMixer):
     """Bidirectional linear attention: Y = Scale(phi(Q) phi(K)^T (.) M) V, then an output projection (arXiv 2502.16249, section 3).
 
     The mask M holds the products of the decays between two tokens. The form in which that is computed (parallel, recurrent, chunkwise,
@@ -127,6 +128,7 @@ class LinearAttention(nn.Module):
         if conflict := linear_conflict(settings):
             raise ValueError(conflict)
         self.heads, self.head_width = heads, width // heads
+        self.key_width = self.value_width = self.head_width
         self.feature_map_name, self.feature_map = feature_map, FEATURE_MAPS[feature_map]
         self.gate_name, self.convention, self.complement_keys, self.open_first = gate, convention, complement_keys, open_first
         self.scale = scale
@@ -142,6 +144,7 @@ class LinearAttention(nn.Module):
             hippo.initialise_projections(self.qkv, hippo.zero_order_hold(rates, steps))
             start = {"log_decay": steps * rates}
         self.gate = GATES[gate](width, heads, gate_init, **start)
+        self.per_channel, self.expanding = self.gate.per_channel, self.gate.expanding
         self.gate2 = GATES[gate](width, heads, gate_init, **start) if scan == "multi" else None
         if not gate_trained:  # and what a plugin's gate has frozen stays frozen
             for frozen in self._gates:
@@ -166,28 +169,9 @@ class LinearAttention(nn.Module):
         self.register_buffer("places", torch.stack([inverse_of(order) for order in orders]), persistent=False)
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms in which the layer computes the same outputs where its weights are: "fused" among them on a GPU that can run it."""
-        if self.gate.expanding:
-            return ("parallel",)
-        weight, widths = self.qkv.weight, {"key_width": self.head_width, "value_width": self.head_width}
-        fused = ops.can_run_fused(weight.device, weight.dtype, vector=self.gate.per_channel, **widths)
-        return (*ops.MODEL_FORMS, "fused") if fused else tuple(ops.MODEL_FORMS)
-
-    @property
     def sequence_conflict(self) -> str | None:
         """Why the tokens cannot lie on several ranks; None where they can."""
         return None if self.scan == "raster" else f"scan={self.scan!r} reads the tokens in another order than they are stored in"
-
-    @property
-    def form(self) -> str:
-        return self._form
-
-    @form.setter
-    def form(self, form: str) -> None:
-        further = () if self.gate.expanding else ("auto",) if self.gate.per_channel else ("fused", "auto")
-        choice("form", form, tuple(dict.fromkeys((*self.forms, *further))))  # "fused" before the weights are on a GPU, too
-        self._form = form
 
     @property
     def scaled(self) -> bool:
@@ -202,7 +186,7 @@ class LinearAttention(nn.Module):
 
     def _values_unchecked(self) -> AbstractContextManager:
         # under compile the operator checks no values
-        return unchecked_decays() if self.gate.expanding and not torch.compiler.is_compiling() else nullcontext()
+        return unchecked_decays() if self.expanding and not torch.compiler.is_compiling() else nullcontext()
 
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict | list[dict]:
         """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``; for two scans a list of two such.

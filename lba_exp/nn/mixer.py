@@ -1,0 +1,66 @@
+"""What mixers share that are calls of a linear operator: the form in which it computes, and what a parity check sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lba_exp import ops
+from lba_exp.ops.checks import choice
+
+
+class OperatorMixer(nn.Module):
+    """Base of token mixers around a linear operator: (B, L, width) -> (B, L, width), the same weights in one of several forms.
+
+    A subclass is called as ``mixer(x, padding_mask)``, makes the operator's arguments in ``operands``, has ``state_size`` and
+    ``direction``, and sets ``self.form`` once its weights are there. ``layer.form = "recurrent"`` switches: same weights, same outputs.
+
+    Attributes:
+        operator: the function whose keyword arguments ``operands`` gives, with ``form`` beside them.
+        kernels: whether that function has the form "fused" on a GPU, where decays and widths allow it.
+        per_channel: decays have one value per key channel, not one per head.
+        expanding: a decay may exceed 1, so that the parallel form alone can run.
+        key_width, value_width: features of a head's keys and of its values.
+    """
+
+    operator: Callable[..., Tensor] = staticmethod(ops.bidirectional_linear_attention)
+    kernels = True
+    per_channel = False
+    expanding = False
+    key_width: int
+    value_width: int
+
+    def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict | list[dict]:
+        """The keyword arguments of ``operator``, all but ``form``; a list of one for each call, where there are several.
+
+        Args:
+            x: (B, L, width).
+            padding_mask: (B, L) bool, True at real tokens; or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it gives to its operator")
+
+    @staticmethod
+    def call_shape(operands: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+        """(sequences, length, heads, key width, value width) of one call of the operator."""
+        return (*operands["q"].shape, operands["v"].shape[-1])
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms in which the layer computes the same outputs where its weights are: "fused" among them on a GPU that can run it."""
+        if self.expanding:
+            return ("parallel",)
+        weight, widths = next(self.parameters()), {"key_width": self.key_width, "value_width": self.value_width}
+        fused = self.kernels and ops.can_run_fused(weight.device, weight.dtype, vector=self.per_channel, **widths)
+        return (*ops.MODEL_FORMS, "fused") if fused else tuple(ops.MODEL_FORMS)
+
+    @property
+    def form(self) -> str:
+        return self._form
+
+    @form.setter
+    def form(self, form: str) -> None:
+        further = () if self.expanding else ("fused", "auto") if self.kernels and not self.per_channel else ("auto",)
+        choice("form", form, tuple(dict.fromkeys((*self.forms, *further))))  # "fused" before the weights are on a GPU, too
+        self._form = form
