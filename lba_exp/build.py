@@ -37,7 +37,7 @@ from lba_exp.errors import ConfigError
 from lba_exp.models.pretrained import create
 from lba_exp.models.vision import patch_grid
 from lba_exp.nn.blocks import MixerStack
-from lba_exp.ops.fused import obstacle
+from lba_exp.nn.mixer import OperatorMixer
 from lba_exp.results import naming
 from lba_exp.results.metrics_log import MetricsLog
 
@@ -225,13 +225,12 @@ def replicas(cfg: DictConfig, trainer: pl.Trainer) -> int:
     return trainer.world_size // shared
 
 
-def check_form(cfg: DictConfig, trainer: pl.Trainer) -> None:
-    """Raises ConfigError where the run is to train in the fused form, which its device or its settings do not have."""
-    model, precision = cfg.model, str(cfg.trainer.precision)
-    if model.mixer.kind == "linear" and model.mixer.form == "fused":
-        dtype = torch.float64 if precision.startswith("64") else torch.float32
-        width = model.width // model.heads
-        if reason := obstacle(trainer.strategy.root_device, dtype, False, width, width):
+def check_form(model: nn.Module, trainer: pl.Trainer) -> None:
+    """Raises ConfigError where the run is to train in the fused form, which its device, its precision or a mixer does not have."""
+    dtype = torch.float64 if str(trainer.precision).startswith("64") else torch.float32
+    for mixer in model.modules():
+        wanted = isinstance(mixer, OperatorMixer) and mixer.form == "fused"
+        if wanted and (reason := mixer.fused_obstacle(trainer.strategy.root_device, dtype)):
             raise ConfigError(f"model.mixer.{reason}.")
 
 

@@ -129,7 +129,7 @@ def _run_with(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]
     requests = Requests()
     parts = build.Parts(cfg, folder, requests, console)
     trainer = build.trainer(cfg, folder, parts, [])  # what Lightning refuses is said before anything is written
-    build.check_form(cfg, trainer)
+    build.check_form(task.model, trainer)
     replicas = build.replicas(cfg, trainer)
     data.batch_size, data.sequence_parallel_size = build.batch_size(cfg, trainer), cfg.sequence_parallel_size
     if rank_zero_only.rank == 0:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from lba_exp.bench.settings import DEVICES, one, positive, whole
 from lba_exp.composing import compose
 from lba_exp.errors import ConfigError
+from lba_exp.registry import MIXERS
 
 DTYPES = ("bfloat16", "float32")
 COMPILES = ("model", "graphs", "blocks", "off")
@@ -87,7 +88,7 @@ def configurations(settings: StepSettings) -> dict[str, DictConfig]:
         if not any(override.startswith("size=") for override in (*settings.overrides, *own)):
             base.append(SIZE)
         cfg = compose([*base, *own])
-        if cfg.model.mixer.kind == "linear" and not any(override.startswith("model.mixer.form=") for override in own):
+        if cfg.model.mixer.kind in MIXERS.builtin - {"softmax"} and not any(override.startswith("model.mixer.form=") for override in own):
             cfg = compose([*base, *own, f"model.mixer.form={settings.form}"])
         if settings.resolution % cfg.model.patch_size:
             raise ConfigError(f"--resolution {settings.resolution} is no multiple of model.patch_size={cfg.model.patch_size}.")

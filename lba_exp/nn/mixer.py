@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lba_exp import ops
 from lba_exp.ops.checks import choice
+from lba_exp.ops.fused import obstacle
 
 
 class OperatorMixer(nn.Module):
@@ -46,13 +48,19 @@ class OperatorMixer(nn.Module):
         """(sequences, length, heads, key width, value width) of one call of the operator."""
         return (*operands["q"].shape, operands["v"].shape[-1])
 
+    def fused_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the form "fused" cannot run there on operands of this dtype, and what to do, in a sentence; None where it can."""
+        if not self.kernels:
+            return f"form: {type(self).__name__} has no kernels for 'fused'; use 'chunkwise' or 'auto'"
+        return obstacle(device, dtype, self.per_channel, self.key_width, self.value_width)
+
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms in which the layer computes the same outputs where its weights are: "fused" among them on a GPU that can run it."""
         if self.expanding:
             return ("parallel",)
-        weight, widths = next(self.parameters()), {"key_width": self.key_width, "value_width": self.value_width}
-        fused = self.kernels and ops.can_run_fused(weight.device, weight.dtype, vector=self.per_channel, **widths)
+        weight = next(self.parameters())
+        fused = weight.device.type == "cuda" and self.fused_obstacle(weight.device, weight.dtype) is None
         return (*ops.MODEL_FORMS, "fused") if fused else tuple(ops.MODEL_FORMS)
 
     @property
