@@ -39,6 +39,7 @@ class MixerSchema:
     )
     norm: str = setting("none", "norm after attention; group: each head by itself", choices=("none", "layer", "rms", "group"))
     norm_eps: float = setting(1e-5, "added to the variance of that norm", above=0)
+    output_gate: str = setting("none", "multiply the output by SiLU(W x + b) or sigmoid(W x + b)", choices=("none", "silu", "sigmoid"))
     direction: str = setting(
         "both",
         "which side a token reads; alternating: forward, backward, ... by layer",
@@ -52,7 +53,7 @@ class MixerSchema:
     )
     form: str = setting("parallel", "form used in training", choices=("parallel", "recurrent", "chunkwise", "fused", "auto"))
     chunk_size: int = setting(64, "tokens per chunk of the chunkwise form", low=1)
-    options: dict[str, Any] = setting({}, "keyword arguments of a mixer that a plugin registers")
+    options: dict[str, Any] = setting({}, "further keyword arguments of the mixer, for kinds other than linear and softmax")
 
 
 @dataclass

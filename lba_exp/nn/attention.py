@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lba_exp import ops
 from lba_exp.nn import hippo
@@ -20,6 +21,7 @@ from lba_exp.ops.order import inverse_of, reorder
 from lba_exp.registry import FEATURE_MAPS, GATES
 
 SCALES = ("after", "before", "none")
+OUTPUT_GATES = {"none": None, "silu": F.silu, "sigmoid": torch.sigmoid}
 EPS = 1e-6  # added to denominators
 
 
@@ -72,6 +74,8 @@ class LinearAttention(OperatorMixer):
             (the same tokens, all weighed 1); ``"none"`` divides the queries by the root of the features per head instead.
         norm: after attention: ``"none"``, ``"layer"`` or ``"rms"`` over all heads, ``"group"`` for each head by itself.
         norm_eps: added to that norm's variance.
+        output_gate: ``"silu"`` (RetNet, arXiv 2307.08621, equation 8; GLA, arXiv 2312.06635) or ``"sigmoid"``: what comes out of that norm
+            is multiplied by SiLU(W x + b), or by sigmoid(W x + b); ``"none"``.
         direction: ``"both"``, ``"forward"``, ``"backward"``, or ``"alternating"`` (by ``layer``: even ones forward, odd ones backward).
         diagonal: ``"once"``, or ``"twice"``, the plain sum of two directions, which counts each token's own score twice.
         scan: order in which a grid is read: ``"raster"`` (as it comes), ``"snake"`` (every other row backwards), or ``"multi"``: the snake
@@ -106,6 +110,7 @@ class LinearAttention(OperatorMixer):
         scale: str = "after",
         norm: str = "none",
         norm_eps: float = 1e-5,
+        output_gate: str = "none",
         direction: str = "both",
         diagonal: str = "once",
         scan: str = "raster",
@@ -121,6 +126,7 @@ class LinearAttention(OperatorMixer):
         check_positive(chunk_size=chunk_size)
         choice("convention", convention, ops.CONVENTIONS)
         choice("scale", scale, SCALES)
+        choice("output_gate", output_gate, tuple(OUTPUT_GATES))
         choice("diagonal", diagonal, ("once", "twice"))
         choice("scan", scan, tuple(SCANS))
         if not 0 < dt_min < float("inf"):
@@ -150,6 +156,8 @@ class LinearAttention(OperatorMixer):
             for frozen in self._gates:
                 frozen.requires_grad_(False)
         self.norm = make_head_norm(norm, width, heads, norm_eps)
+        self.output_gate_name, self.output_activation = output_gate, OUTPUT_GATES[output_gate]
+        self.output_gate = None if output_gate == "none" else nn.Linear(width, width)
         self.output = nn.Linear(width, width)
         self.form = form
         if scan != "raster":
@@ -264,7 +272,10 @@ class LinearAttention(OperatorMixer):
         """(B, L, width) -> (B, L, width). What stands at padded positions does not matter to the others, at either end."""
         with self._values_unchecked():
             y = self._attend(self._calls(x, padding_mask))
-        return self.output(self.norm(y.flatten(2)))
+        y = self.norm(y.flatten(2))
+        if self.output_gate is not None:
+            y = y * self.output_activation(self.output_gate(x))
+        return self.output(y)
 
     def _attend(self, calls: list[dict]) -> Tensor:
         """The operator's calls, averaged over scans: (B, L, heads, Dv)."""
@@ -283,5 +294,6 @@ class LinearAttention(OperatorMixer):
 
     def extra_repr(self) -> str:
         parts = {"heads": self.heads, "feature_map": self.feature_map_name, "gate": self.gate_name, "convention": self.convention}
-        parts |= {"scale": self.scale, "direction": self.direction, "scan": self.scan, "form": self.form}
+        parts |= {"scale": self.scale, "output_gate": self.output_gate_name, "direction": self.direction, "scan": self.scan}
+        parts |= {"form": self.form}
         return ", ".join(f"{name}={value}" for name, value in parts.items())

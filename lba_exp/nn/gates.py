@@ -6,8 +6,8 @@ A gate is built as ``Gate(width, heads, init)`` and called with the mixer's inpu
 under every precision and autocast: decays are multiplied over hundreds of tokens, and so are their rounding errors. (The products W x of
 a ``SelectiveGate`` alone are rounded, as queries and keys are, and differently for each token; the bias, which all share, is not.)
 
-Every decay is lambda = sigmoid(logit), so that log lambda = -softplus(-logit) is negative by construction and has finite gradients however
-far the gate saturates. An initialisation chooses the logits:
+Every decay is lambda = sigmoid(logit), or a root of that, so that log lambda = -softplus(-logit) is negative by construction and has finite
+gradients however far the gate saturates. An initialisation chooses the logits:
 
 ``"timescales"``: a memory of T = 1 / (1 - lambda) tokens, log-spaced from 4 (a neighbourhood) to 256 (all of a short sequence; and after
     1,024 tokens still e^-4, so that the slowest head carries a signal across sequences of 64 to 1,024 tokens): over the heads, or, for a
@@ -32,6 +32,8 @@ from lba_exp.ops.checks import choice
 
 SHORTEST_MEMORY = 4.0
 LONGEST_MEMORY = 256.0
+GLA_RANK = 16
+GLA_TEMPERATURE = 16.0
 
 
 def timescale_logits(number: int) -> Tensor:
@@ -61,7 +63,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def linear_at_least_float32(x: Tensor, projection: nn.Linear) -> Tensor:
     """The projection in float32 (float64 for float64 weights), whatever autocast says."""
     with torch.autocast(x.device.type, enabled=False):
-        weight, bias = at_least_float32(projection.weight), at_least_float32(projection.bias)
+        weight = at_least_float32(projection.weight)
+        bias = None if projection.bias is None else at_least_float32(projection.bias)
         return F.linear(x.to(weight.dtype), weight, bias)
 
 
@@ -194,6 +197,38 @@ class SelectiveVectorGate(VectorGate):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.logsigmoid(self.logits(x))
+
+
+class LowRankVectorGate(VectorGate):
+    """lambda = sigmoid(W_2 W_1 x + b)^(1/16), one number per token and key channel (Gated Linear Attention, arXiv 2312.06635, section 4.4).
+
+    W_1 goes to 16 features (at most the width), without a bias, as published. Returns (B, L, heads, Dk).
+
+    The root makes memories 16 times as long as the logits alone would: with logits about 0 (``init="random"``: both projections as
+    ``nn.Linear`` starts them, as published) 1 / (1 - lambda) is about 24 tokens. The other initialisations mean what they mean for
+    ``SelectiveVectorGate``: b is such that lambda where W_2 W_1 x = 0 has the memory lengths, or exp(B), and W_2 W_1 x deviates as W x does
+    there: by 0.1 on a normalised input, for HiPPO by 0.1 sqrt(width).
+
+    Args:
+        log_decay: (heads, Dk), below 0: B, for ``init="hippo"`` and ``"hippo_lin"`` alone.
+    """
+
+    def __init__(self, width: int, heads: int, init: str = "timescales", *, log_decay: Tensor | None = None):
+        super().__init__(width, heads, init)
+        rank = min(GLA_RANK, width)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width)
+        if init != "random":
+            deviation = PROJECTION_DEVIATION * math.sqrt(width) if init in HIPPO else 0.1
+            nn.init.normal_(self.down.weight, std=width**-0.5)
+            nn.init.normal_(self.up.weight, std=deviation * rank**-0.5)
+            log_root = F.logsigmoid(self.start_logits(init, log_decay).double())
+            with torch.no_grad():
+                self.up.bias.copy_(decay_logits(GLA_TEMPERATURE * log_root).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = linear_at_least_float32(linear_at_least_float32(x, self.down), self.up)
+        return F.logsigmoid(logits).unflatten(-1, (self.heads, self.key_width)) / GLA_TEMPERATURE
 
 
 class SoftplusVectorGate(SelectiveVectorGate):
