@@ -98,7 +98,7 @@ def check(inputs, form, dtype=torch.float64, chunk_size=4, **options):
 KINDS = ("none", "fixed", "selective")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     batch=st.integers(1, 2),
@@ -275,7 +275,7 @@ def test_compiles_to_one_graph(form):
 
 def test_the_graph_hardly_grows_with_the_length():
     sizes = []
-    for length in (200, 12800):
+    for length in (200, 4800):
         graphs = []
 
         def keep(graph, _, graphs=graphs):
@@ -287,7 +287,7 @@ def test_the_graph_hardly_grows_with_the_length():
         with torch.no_grad():
             torch.compile(bidirectional_delta_rule, fullgraph=True, backend=keep, dynamic=False)(*inputs, form="chunkwise", chunk_size=4)
         sizes.append(len(graphs[0].graph.nodes))
-    assert sizes[1] < 2 * sizes[0]  # 50 and 3,200 chunks
+    assert sizes[1] < 2 * sizes[0]  # 50 and 1,200 chunks
 
 
 @pytest.mark.parametrize("decays", [False, True])
