@@ -11,7 +11,9 @@ from lba_exp.ops.api import (
 from lba_exp.ops.decays import CONVENTIONS, step_log_decays
 from lba_exp.ops.delta_rule import bidirectional_delta_rule
 from lba_exp.ops.estimates import estimate_bytes
+from lba_exp.ops.fused_scan import selective_scan_obstacle
 from lba_exp.ops.multi_scan import bidirectional_linear_attention_scans, divided_means
+from lba_exp.ops.selective_scan import selective_scan
 from lba_exp.ops.streaming import start_state, stream
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "choose_form",
     "divided_means",
     "estimate_bytes",
+    "selective_scan",
+    "selective_scan_obstacle",
     "start_state",
     "step_log_decays",
     "stream",
