@@ -70,10 +70,24 @@ GATES = Registry(
         "selective": "lba_exp.nn.gates:SelectiveGate",
         "fixed_vector": "lba_exp.nn.gates:FixedVectorGate",
         "selective_vector": "lba_exp.nn.gates:SelectiveVectorGate",
+        "low_rank_vector": "lba_exp.nn.gates:LowRankVectorGate",
         "softplus_vector": "lba_exp.nn.gates:SoftplusVectorGate",
     },
 )
-MIXERS = Registry("mixer", {"linear": "lba_exp.nn.attention:LinearAttention", "softmax": "lba_exp.nn.softmax:SoftmaxAttention"})
+MIXERS = Registry(
+    "mixer",
+    {
+        "linear": "lba_exp.nn.attention:LinearAttention",
+        "softmax": "lba_exp.nn.softmax:SoftmaxAttention",
+        "mlstm": "lba_exp.nn.mlstm:MLSTM",
+        "hgrn2": "lba_exp.nn.hgrn2:HGRN2",
+        "rwkv6": "lba_exp.nn.rwkv6:RWKV6",
+        "delta_rule": "lba_exp.nn.delta_rule:DeltaRule",
+        "mamba2": "lba_exp.nn.mamba2:Mamba2",
+        "hydra": "lba_exp.nn.hydra:Hydra",
+        "vim": "lba_exp.nn.vim:Vim",
+    },
+)
 MODELS = Registry(
     "model",
     {
