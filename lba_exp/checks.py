@@ -215,7 +215,7 @@ def _check_first_token(model: DictConfig) -> None:
     if model.kind == "text_classifier":
         what, remedy = "model.kind=text_classifier", ""
     blind = direction == "forward" or (direction == "alternating" and model.depth == 1)
-    if what is not None and blind and model.mixer.kind in ("linear", "softmax"):
+    if what is not None and blind and model.mixer.kind in registry.MIXERS.builtin:
         raise ConfigError(
             f"{what} reads the first token alone, which model.mixer.direction={direction} keeps from seeing any other: "
             f"choose another direction{remedy}."
@@ -225,7 +225,7 @@ def _check_first_token(model: DictConfig) -> None:
 def _check_mixer(mixer: DictConfig) -> None:
     if mixer.options and mixer.kind in ("linear", "softmax"):
         raise ConfigError(
-            f"model.mixer.options is for mixers that plugins register; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
+            f"model.mixer.options is for mixers with settings of their own; {mixer.kind!r} takes none: {', '.join(mixer.options)}."
         )
     settings, conflict = dict(mixer), None
     if mixer.kind == "linear":

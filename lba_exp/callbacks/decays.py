@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lba_exp.callbacks.parity_measure import head_of, linear_layers, operator_calls
+from lba_exp.nn.mixer import OperatorMixer
 from lba_exp.results.compare import run_form, undisturbed
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -46,8 +47,8 @@ def decay_quantiles(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
 
     Returns:
         ``quantiles`` (the levels), ``sequences``, and ``layers``: in the order in which they run, dicts with ``layer`` (the module's name,
-        and the scan where there are several) and, for ``forward`` and ``backward``, None where there is no decay, or for each head the list
-        of its quantiles of log f (at most 0). None for a model without linear layers.
+        and the scan or the direction where there are several calls) and, for ``forward`` and ``backward``, None where there is no decay, or
+        for each head the list of its quantiles of log f (at most 0). None for a model without linear layers.
     """
     names = {module: name for name, module in model.named_modules()}
     layers: dict[str, dict[str, Any]] = {}
@@ -56,9 +57,12 @@ def decay_quantiles(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
         calls = operator_calls(layer, args[0], mask)
         for number, operands in enumerate(calls, 1):
-            name, heads = names[layer] + (f" (scan {number})" if len(calls) > 1 else ""), {}
+            directions = {call.get("direction", "both") for call in calls}
+            which = operands["direction"] if len(directions) == len(calls) else f"scan {number}"
+            name, heads = names[layer] + (f" ({which})" if len(calls) > 1 else ""), {}
+            decays = getattr(layer, "call_decays", OperatorMixer.call_decays)(operands)
             for direction, edge in (("forward", 0), ("backward", -1)):
-                decay = operands[f"{direction}_log_decay"]
+                decay = decays[direction]
                 heads[direction] = None if decay is None else _per_head(decay, operands.get("padding_mask", mask), edge)
             layers.setdefault(name, {"layer": name, **heads})
 

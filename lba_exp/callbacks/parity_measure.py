@@ -179,8 +179,8 @@ def operator_errors(
 
 def _outputs(operator: Callable[..., Tensor], operands: Mapping[str, Any], form: str) -> tuple[Tensor, ...]:
     """The operator's output in float64; numerator and denominator apart where scores of both signs could cancel in the denominator."""
-    signed = min(float(operands["q"].min()), float(operands["k"].min())) < 0
-    if operator is ops.bidirectional_linear_attention and operands.get("scaled", True) and signed:
+    divides = operator is ops.bidirectional_linear_attention and operands.get("scaled", True)
+    if divides and min(float(operands["q"].min()), float(operands["k"].min())) < 0:
         kept = {name: value for name, value in operands.items() if name not in ("scaled", "eps")}
         outputs = ops.bidirectional_linear_attention_parts(**kept, form=form)
     else:

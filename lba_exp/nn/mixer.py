@@ -48,6 +48,11 @@ class OperatorMixer(nn.Module):
         """(sequences, length, heads, key width, value width) of one call of the operator."""
         return (*operands["q"].shape, operands["v"].shape[-1])
 
+    @staticmethod
+    def call_decays(operands: Mapping[str, Any]) -> dict[str, Tensor | None]:
+        """Log decays of one call, by direction: (H,), (H, Dk), (B, L, H) or (B, L, H, Dk); None where there is no decay."""
+        return {direction: operands.get(f"{direction}_log_decay") for direction in ("forward", "backward")}
+
     def fused_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the form "fused" cannot run there on operands of this dtype, and what to do, in a sentence; None where it can."""
         if not self.kernels:

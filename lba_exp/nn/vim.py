@@ -110,6 +110,12 @@ class Vim(OperatorMixer):
         """As of linear attention with a head for each channel."""
         return (*operands["x"].shape, operands["b"].shape[-1], 1)
 
+    @staticmethod
+    def call_decays(operands: dict) -> dict[str, Tensor | None]:
+        """All channels together, as one head."""
+        decay = (operands["delta"][..., None] * operands["a"]).flatten(2)[:, :, None]
+        return {"forward": None, "backward": None} | {operands["direction"]: decay}
+
     def fused_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return ops.selective_scan_obstacle(device, dtype, self.key_width)
 
