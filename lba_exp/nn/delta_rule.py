@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,34 +9,13 @@ from torch.nn import functional as F
 from lba_exp import ops
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.convolution import TokenConvolution
-from lba_exp.nn.gates import Gate, at_least_float32, linear_at_least_float32
+from lba_exp.nn.gates import linear_at_least_float32
 from lba_exp.nn.head_norms import RMSNorm
 from lba_exp.nn.mixer import OperatorMixer
 from lba_exp.nn.scans import direction_of_layer
+from lba_exp.nn.state_space import StepSizes
 
-STEPS = (1e-3, 1e-1)  # Mamba-2's range of initial step sizes, log-uniform
-RATES = (1.0, 16.0)  # and of decay rates, uniform
 EPS = 1e-6  # added to squared lengths of queries and keys
-
-
-class StepSizeGate(Gate):
-    """lambda = exp(-exp(a) softplus(W x + b)), one number per token and head (Mamba-2, arXiv 2405.21060; Gated DeltaNet's alpha).
-
-    b starts such that softplus(b) is log-uniform in [1e-3, 1e-1], exp(a) uniform in [1, 16]. Returns log lambda, (B, L, heads), in at least
-    float32.
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, heads)
-        self.projection = nn.Linear(width, heads)
-        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(*RATES).log())
-        steps = torch.empty(heads).uniform_(*(math.log(step) for step in STEPS)).exp()
-        with torch.no_grad():
-            self.projection.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = F.softplus(linear_at_least_float32(x, self.projection))
-        return -self.log_rate.to(steps.dtype).exp() * steps
 
 
 class DeltaRule(OperatorMixer):
@@ -46,7 +23,7 @@ class DeltaRule(OperatorMixer):
 
     Queries, keys and values: projection, depthwise convolution over tokens, SiLU; queries and keys of a head are then brought to length 1,
     queries scaled by Dk^-0.5. Beta = sigmoid(W x). After the operator RMS norm of each head, the gate SiLU(W x) where ``gated``, and the
-    output projection. No projection but that of the decay has a bias, as published.
+    output projection. No projection but that of the decay (``StepSizes``) has a bias, as published.
 
     Args:
         width: features per token, in and out.
@@ -93,7 +70,7 @@ class DeltaRule(OperatorMixer):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.convolution = TokenConvolution(3 * width, convolution, self.direction, bias=False) if convolution else None
         self.beta = nn.Linear(width, heads, bias=False)
-        self.gate = StepSizeGate(width, heads) if gated else None
+        self.gate = StepSizes(width, heads) if gated else None
         self.norm = RMSNorm(self.value_width, eps=norm_eps)
         self.output_gate = nn.Linear(width, width, bias=False) if gated else None
         self.output = nn.Linear(width, width, bias=False)
@@ -119,23 +96,18 @@ class DeltaRule(OperatorMixer):
         if self.convolution is not None:
             qkv = self.convolution(qkv, padding_mask)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.key_width)).unbind(2)
-        forward, backward = ops.step_log_decays(None if self.gate is None else self.gate(x), "query")
+        forward, backward = ops.step_log_decays(None if self.gate is None else self.gate(x)[0][1], "query")
         return {
             "q": (_unit(q) * self.key_width**-0.5).to(dtype),
             "k": _unit(k).to(dtype),
             "v": v.to(dtype),
-            "beta": self._beta(x),
+            "beta": torch.sigmoid(linear_at_least_float32(x, self.beta)),
             "forward_log_decay": forward,
             "backward_log_decay": backward,
             "direction": self.direction,
             "padding_mask": padding_mask,
             "chunk_size": self.chunk_size,
         }
-
-    def _beta(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight = at_least_float32(self.beta.weight)
-            return torch.sigmoid(F.linear(x.to(weight.dtype), weight))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, L, width) -> (B, L, width). What stands at padded positions does not matter to the others, at either end."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lba_exp.nn.checks import check_positive
-from lba_exp.nn.gates import at_least_float32
+from lba_exp.nn.gates import at_least_float32, linear_at_least_float32
 
 STEPS = (1e-3, 1e-1)  # initial step sizes, log-uniform
 RATES = (1.0, 16.0)  # initial decay rates, uniform
@@ -40,11 +40,10 @@ class StepSizes(nn.Module):
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, L, width) -> for each direction (Delta, log lambda), (B, L, heads) each."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight = at_least_float32(self.projection.weight)
-            raw = F.linear(x.to(weight.dtype), weight).unflatten(-1, (self.directions, -1))
+        raw = linear_at_least_float32(x, self.projection).unflatten(-1, (self.directions, -1))
         steps = F.softplus(raw + self.bias)
-        return [(own, -self.log_rate.exp() * own) for own in steps.unbind(2)]
+        rates = at_least_float32(self.log_rate).exp()
+        return [(own, -rates * own) for own in steps.unbind(2)]
 
 
 def inner_width(width: int, heads: int, expand: int, state: int) -> int:

@@ -19,7 +19,7 @@ def make(width=8, heads=2, dtype=torch.float64, **options):
     torch.manual_seed(0)
     layer = DeltaRule(width, heads, chunk_size=3, **options).to(dtype)
     if layer.gate is not None:
-        torch.nn.init.normal_(layer.gate.projection.bias)
+        torch.nn.init.normal_(layer.gate.bias)
         torch.nn.init.normal_(layer.gate.log_rate, std=0.5)
     torch.nn.init.normal_(layer.beta.weight)
     torch.nn.init.uniform_(layer.norm.weight, 0.5, 1.5)
@@ -37,7 +37,7 @@ def definition(layer, x):
     beta = 1 / (1 + torch.exp(-x @ layer.beta.weight.T))
     alpha = torch.ones_like(beta)
     if layer.gate is not None:
-        steps = torch.log(1 + torch.exp(x @ layer.gate.projection.weight.T + layer.gate.projection.bias))
+        steps = torch.log(1 + torch.exp(x @ layer.gate.projection.weight.T + layer.gate.bias))
         alpha = torch.exp(-torch.exp(layer.gate.log_rate) * steps)
     heads = []
     for h in range(layer.heads):
@@ -113,7 +113,7 @@ def test_one_direction_reads_one_side_with_its_convolution_too(width):
 def test_saturated_gates_have_finite_gradients(form, bias):
     layer = make(gated=True, form=form, dtype=torch.float32)
     with torch.no_grad():
-        layer.gate.projection.bias[0] = bias
+        layer.gate.bias[0] = bias
         layer.beta.weight[0] *= 1e4
     y = layer(torch.randn(2, 7, 8))
     y.square().sum().backward()
@@ -147,7 +147,7 @@ def test_queries_and_keys_have_their_lengths_and_padded_tokens_none():
 def test_the_gate_starts_as_mamba_2s():
     torch.manual_seed(0)
     gate = DeltaRule(64, 64, gated=True).gate
-    steps, rates = F.softplus(gate.projection.bias), gate.log_rate.exp()
+    steps, rates = F.softplus(gate.bias), gate.log_rate.exp()
     assert 0.999e-3 <= steps.min() < 2e-3 and 5e-2 < steps.max() <= 1.001e-1
     assert 1 <= rates.min() < 2 and 14 < rates.max() <= 16
 
@@ -160,7 +160,7 @@ def test_sizes_directions_and_what_weight_decay_leaves_alone():
     assert parameters == 5 * 12**2 + 3 * 12 + (12 + 2) * 3 + 4  # q, k, v, gate, output; beta; decay; norm
     decayed = {id(p) for p in weight_decay_groups(layer, 0.1)[0]["params"]}
     exempt = {name for name, p in layer.named_parameters() if id(p) not in decayed and not name.startswith("convolution")}
-    assert exempt == {"gate.projection.weight", "gate.projection.bias", "gate.log_rate", "norm.weight"}
+    assert exempt == {"gate.projection.weight", "gate.bias", "gate.log_rate", "norm.weight"}
     assert layer.operator is ops.bidirectional_delta_rule and layer.forms == FORMS
 
 
