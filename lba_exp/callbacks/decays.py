@@ -57,9 +57,9 @@ def decay_quantiles(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any
         mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
         calls = operator_calls(layer, args[0], mask)
         for number, operands in enumerate(calls, 1):
-            directions = {call.get("direction", "both") for call in calls}
-            which = operands["direction"] if len(directions) == len(calls) else f"scan {number}"
-            name, heads = names[layer] + (f" ({which})" if len(calls) > 1 else ""), {}
+            apart = len({call.get("direction") for call in calls}) == len(calls)
+            which = "" if len(calls) == 1 else f" ({operands['direction']})" if apart else f" (scan {number})"
+            name, heads = names[layer] + which, {}
             decays = getattr(layer, "call_decays", OperatorMixer.call_decays)(operands)
             for direction, edge in (("forward", 0), ("backward", -1)):
                 decay = decays[direction]
