@@ -34,3 +34,15 @@ def test_mistakes_name_the_argument():
         TokenConvolution(3, 0, "forward")
     with pytest.raises(ValueError, match="direction: "):
         TokenConvolution(3, 3, "left")
+
+
+@pytest.mark.parametrize("direction", ["both", "forward", "backward"])
+def test_it_compiles_as_one_graph_and_takes_autocast(direction):
+    torch.manual_seed(0)
+    layer, x = TokenConvolution(3, 3, direction), torch.randn(2, 6, 3)
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask), layer(x, mask))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = layer(x, mask)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), layer(x, mask), rtol=0.02, atol=0.02)
