@@ -189,7 +189,7 @@ class LinearAttention(OperatorMixer):
     @property
     def state_size(self) -> int:
         """Numbers that the recurrent form holds per sequence: S of every direction and scan, and z of each where the output is scaled."""
-        scans = len(SCANS[self.scan]) * (2 if self.direction == "both" else 1)
+        scans = len(SCANS[self.scan]) * len(self.directions)
         return scans * self.heads * self.head_width * (self.head_width + (self.scale != "none"))
 
     def _values_unchecked(self) -> AbstractContextManager:

@@ -76,11 +76,6 @@ class DeltaRule(OperatorMixer):
         self.output = nn.Linear(width, width, bias=False)
         self.form = form
 
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of every direction."""
-        return (2 if self.direction == "both" else 1) * self.heads * self.key_width * self.value_width
-
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict:
         """The keyword arguments of ``lba_exp.ops.bidirectional_delta_rule``, all but ``form``.
 
@@ -96,17 +91,12 @@ class DeltaRule(OperatorMixer):
         if self.convolution is not None:
             qkv = self.convolution(qkv, padding_mask)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.key_width)).unbind(2)
-        forward, backward = ops.step_log_decays(None if self.gate is None else self.gate(x)[0][1], "query")
         return {
             "q": (_unit(q) * self.key_width**-0.5).to(dtype),
             "k": _unit(k).to(dtype),
             "v": v.to(dtype),
             "beta": torch.sigmoid(linear_at_least_float32(x, self.beta)),
-            "forward_log_decay": forward,
-            "backward_log_decay": backward,
-            "direction": self.direction,
-            "padding_mask": padding_mask,
-            "chunk_size": self.chunk_size,
+            **self.common_operands(None if self.gate is None else self.gate(x)[0][1], padding_mask),
         }
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

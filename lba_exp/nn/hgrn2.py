@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lba_exp import ops
 from lba_exp.nn.checks import check_heads, check_positive
 from lba_exp.nn.gates import SelectiveVectorGate
 from lba_exp.nn.head_norms import make_head_norm
@@ -69,11 +68,6 @@ class HGRN2(OperatorMixer):
         self.output = nn.Linear(width, width)
         self.form = form
 
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of every direction."""
-        return (2 if self.direction == "both" else 1) * self.heads * self.key_width * self.value_width
-
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict:
         """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``.
 
@@ -86,17 +80,12 @@ class HGRN2(OperatorMixer):
         """
         q, v = self.qv(x).unflatten(-1, (2, self.heads, self.key_width)).unbind(2)
         log_gate = self.gate(x)
-        forward, backward = ops.step_log_decays(log_gate, "query")
         return {
             "q": torch.sigmoid(q),
             "k": -torch.expm1(log_gate).to(v.dtype),
             "v": F.silu(v),
-            "forward_log_decay": None if self.direction == "backward" else forward,
-            "backward_log_decay": None if self.direction == "forward" else backward,
             "scaled": False,
-            "direction": self.direction,
-            "padding_mask": padding_mask,
-            "chunk_size": self.chunk_size,
+            **self.common_operands(log_gate, padding_mask),
         }
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -62,7 +62,6 @@ class Hydra(OperatorMixer):
         self.heads, self.chunk_size = heads, chunk_size
         self.key_width, self.value_width = state, inner // heads
         self.direction = direction_of_layer(direction, layer)
-        self.directions = ("forward", "backward") if self.direction == "both" else (self.direction,)
         self.parts = (inner, *[state] * 2 * len(self.directions))
         self.input = nn.Linear(width, inner + sum(self.parts), bias=False)
         self.convolution = TokenConvolution(sum(self.parts), convolution, self.direction)
@@ -72,11 +71,6 @@ class Hydra(OperatorMixer):
         self.norm = RMSNorm(inner, eps=norm_eps)
         self.output = nn.Linear(inner, width, bias=False)
         self.form = form
-
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of every direction."""
-        return len(self.directions) * self.heads * self.key_width * self.value_width
 
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> list[dict]:
         """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``, of a call for each direction.

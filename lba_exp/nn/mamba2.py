@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lba_exp import ops
 from lba_exp.nn.checks import check_positive
 from lba_exp.nn.convolution import TokenConvolution
 from lba_exp.nn.head_norms import RMSNorm
@@ -69,11 +68,6 @@ class Mamba2(OperatorMixer):
         self.output = nn.Linear(inner, width, bias=False)
         self.form = form
 
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of every direction."""
-        return (2 if self.direction == "both" else 1) * self.heads * self.key_width * self.value_width
-
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict:
         """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``.
 
@@ -94,17 +88,12 @@ class Mamba2(OperatorMixer):
         x, b, c = F.silu(self.convolution(mixed, padding_mask)).split(self.parts, dim=-1)
         x = x.unflatten(-1, (self.heads, -1))
         ((steps, log_decay),) = self.gate(u)
-        forward, backward = ops.step_log_decays(log_decay, "query")
         operands = {
             "q": c[:, :, None].expand(-1, -1, self.heads, -1),
             "k": b[:, :, None].expand(-1, -1, self.heads, -1),
             "v": (steps[..., None] * x).to(x.dtype),
-            "forward_log_decay": None if self.direction == "backward" else forward,
-            "backward_log_decay": None if self.direction == "forward" else backward,
             "scaled": False,
-            "direction": self.direction,
-            "padding_mask": padding_mask,
-            "chunk_size": self.chunk_size,
+            **self.common_operands(log_decay, padding_mask),
         }
         return operands, x, z
 

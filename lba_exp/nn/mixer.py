@@ -16,10 +16,11 @@ from lba_exp.ops.fused import obstacle
 class OperatorMixer(nn.Module):
     """Base of token mixers around a linear operator: (B, L, width) -> (B, L, width), the same weights in one of several forms.
 
-    A subclass is called as ``mixer(x, padding_mask)``, makes the operator's arguments in ``operands``, has ``state_size`` and
-    ``direction``, and sets ``self.form`` once its weights are there. ``layer.form = "recurrent"`` switches: same weights, same outputs.
+    A subclass is called as ``mixer(x, padding_mask)``, makes the operator's arguments in ``operands``, sets the attributes without a value
+    below, and last ``self.form``, once its weights are there. ``layer.form = "recurrent"`` switches: same weights, same outputs.
 
     Attributes:
+        heads, chunk_size, direction: as of the operator.
         operator: the function whose keyword arguments ``operands`` gives, with ``form`` beside them.
         kernels: whether that function has the form "fused" on a GPU, where decays and widths allow it.
         per_channel: decays have one value per key channel, not one per head.
@@ -31,8 +32,33 @@ class OperatorMixer(nn.Module):
     kernels = True
     per_channel = False
     expanding = False
+    heads: int
+    chunk_size: int
+    direction: str
     key_width: int
     value_width: int
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The directions that tokens are read in: "forward", "backward" or both."""
+        return ("forward", "backward") if self.direction == "both" else (self.direction,)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that the recurrent form holds per sequence: S of every direction."""
+        return len(self.directions) * self.heads * self.key_width * self.value_width
+
+    def common_operands(self, log_gate: Tensor | None, padding_mask: Tensor | None) -> dict[str, Any]:
+        """What a call of the operator has beside queries, keys and values: decays in the convention "query", where a direction has one,
+        direction, mask and chunk size.
+
+        Args:
+            log_gate: as ``ops.step_log_decays`` takes it; or None.
+            padding_mask: (B, L) bool, True at real tokens; or None.
+        """
+        decays = zip(("forward", "backward"), ops.step_log_decays(log_gate, "query"), strict=True)
+        own = {f"{name}_log_decay": decay if name in self.directions else None for name, decay in decays}
+        return {**own, "direction": self.direction, "padding_mask": padding_mask, "chunk_size": self.chunk_size}
 
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict | list[dict]:
         """The keyword arguments of ``operator``, all but ``form``; a list of one for each call, where there are several.

@@ -92,7 +92,7 @@ class MLSTM(OperatorMixer):
     @property
     def state_size(self) -> int:
         """Numbers that a stream holds per sequence: C, n and a running m of every direction."""
-        return (2 if self.direction == "both" else 1) * self.heads * (self.key_width * (self.value_width + 1) + 1)
+        return len(self.directions) * self.heads * (self.key_width * (self.value_width + 1) + 1)
 
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> dict:
         """The keyword arguments of ``lba_exp.ops.bidirectional_linear_attention``, all but ``form``; the layer divides by itself, and so
@@ -120,17 +120,12 @@ class MLSTM(OperatorMixer):
             log_input = log_input.masked_fill(~padding_mask[:, :, None], -torch.inf)
         m = self.stabiliser(log_input)
         written = torch.exp(log_input - m) * self.key_width**-0.5
-        forward, backward = ops.step_log_decays(self.gate(x), "query")
         operands = {
             "q": q,
             "k": (k * written[..., None]).to(v.dtype),
             "v": v,
-            "forward_log_decay": None if self.direction == "backward" else forward,
-            "backward_log_decay": None if self.direction == "forward" else backward,
             "scaled": True,
-            "direction": self.direction,
-            "padding_mask": padding_mask,
-            "chunk_size": self.chunk_size,
+            **self.common_operands(self.gate(x), padding_mask),
         }
         return operands, torch.exp(-m.clamp_max(LARGEST))
 

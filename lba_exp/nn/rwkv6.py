@@ -152,11 +152,6 @@ class RWKV6(OperatorMixer):
         self.output = nn.Linear(width, width, bias=False)
         self.form = form
 
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: S of every direction."""
-        return (2 if self.direction == "both" else 1) * self.heads * self.key_width * self.value_width
-
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> list[dict]:
         """The keyword arguments of each call of ``lba_exp.ops.bidirectional_linear_attention``, one a direction, all but ``form``.
 
@@ -187,7 +182,6 @@ class RWKV6(OperatorMixer):
     def _calls(self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> list[dict]:
         decays = dict(zip(("forward", "backward"), ops.step_log_decays(log_decay, "query"), strict=True))
         moves = {"forward": following, "backward": previous}  # where the query of token i lies: at i - 1, at i + 1
-        directions = ("forward", "backward") if self.direction == "both" else (self.direction,)
         return [
             {
                 "q": moves[direction](r),
@@ -199,7 +193,7 @@ class RWKV6(OperatorMixer):
                 "direction": direction,
                 "chunk_size": self.chunk_size,
             }
-            for direction in directions
+            for direction in self.directions
         ]
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

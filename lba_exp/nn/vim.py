@@ -97,11 +97,10 @@ class Vim(OperatorMixer):
         check_heads(width, heads)
         check_positive(chunk_size=chunk_size, expand=expand, state=state, convolution=convolution)
         channels, rank = expand * width, math.ceil(width / 16)
-        self.key_width, self.value_width, self.channels, self.chunk_size = state, 1, channels, chunk_size
+        self.heads, self.key_width, self.value_width, self.chunk_size = channels, state, 1, chunk_size
         self.direction = direction_of_layer(direction, layer)
-        directions = ("forward", "backward") if self.direction == "both" else (self.direction,)
         self.input = nn.Linear(width, 2 * channels, bias=False)
-        self.scans = nn.ModuleList(S6(channels, state, rank, convolution, name) for name in directions)
+        self.scans = nn.ModuleList(S6(channels, state, rank, convolution, name) for name in self.directions)
         self.output = nn.Linear(channels, width, bias=False)
         self.form = form
 
@@ -119,11 +118,6 @@ class Vim(OperatorMixer):
     def fused_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return ops.selective_scan_obstacle(device, dtype, self.key_width)
 
-    @property
-    def state_size(self) -> int:
-        """Numbers that the recurrent form holds per sequence: h of every channel and direction."""
-        return len(self.scans) * self.channels * self.key_width
-
     def operands(self, x: Tensor, padding_mask: Tensor | None = None) -> list[dict]:
         """The keyword arguments of ``lba_exp.ops.selective_scan``, all but ``form``, of a call for each direction.
 
@@ -131,7 +125,7 @@ class Vim(OperatorMixer):
             x: (B, L, width).
             padding_mask: (B, L) bool, True at real tokens; or None.
         """
-        inside = self.input(x)[..., : self.channels]
+        inside = self.input(x)[..., : self.heads]
         return [scan.operands(inside, padding_mask) | {"chunk_size": self.chunk_size} for scan in self.scans]
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
