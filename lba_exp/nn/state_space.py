@@ -1,4 +1,4 @@
-"""What Mamba-2 and Hydra share: step sizes with their decays, and the width of what their convolution reads."""
+"""What Mamba-2, Hydra and Gated DeltaNet share: step sizes with their decays; and the width of what a convolution reads."""
 
 from __future__ import annotations
 
