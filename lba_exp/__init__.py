@@ -2,15 +2,19 @@
 
 cfg = lba_exp.compose(["model=lion_d", "seed=1"])
 record = lba_exp.train(cfg)
+prediction = lba_exp.load(record["folder"], form="recurrent").predict(images)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lba_exp.inference import Predictor
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compose", "evaluate", "train"]
+__all__ = ["__version__", "compose", "evaluate", "load", "train"]
 
 
 def compose(overrides: Sequence[str] = ()):
@@ -34,3 +38,10 @@ def evaluate(
     from lba_exp.evaluating import evaluate as implementation
 
     return implementation(run, overrides, split=split, form=form, quiet=quiet)
+
+
+def load(source: Any, *, device: Any = "auto", form: str = "auto", vocabulary: Any = None) -> Predictor:
+    """A trained model ready to predict, from a run folder, a checkpoint or a model folder; see ``lba_exp.inference.load``."""
+    from lba_exp.inference import load as implementation
+
+    return implementation(source, device=device, form=form, vocabulary=vocabulary)
