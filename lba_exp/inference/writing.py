@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lba_exp.errors import UserError
 from lba_exp.inference.predictor import TOP, Guess, Prediction
+from lba_exp.results.folder import finite
 
 
 class Rows:
@@ -70,7 +71,7 @@ class Rows:
 
     def _row(self, whole: dict[str, Any], cells: list[Any]) -> None:
         if self._json:
-            self._file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(finite(whole), ensure_ascii=False, allow_nan=False) + "\n")
         else:
             self._csv.writerow(cells)
 

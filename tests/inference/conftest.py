@@ -60,6 +60,7 @@ def places(tmp_path_factory) -> SimpleNamespace:
         "causal": [*LM, *trains, "data.vocabulary_size=64", f"data.cache={root / 'cache'}", *CAUSAL],
         "pairs": [*TEXTS, "data=glue_rte", f"data.source={root / 'rte'}", f"data.vocabulary={root}"],
         "numbers": [*TEXTS, "data=glue_stsb", f"data.source={root / 'stsb'}", f"data.vocabulary={root}"],
+        "towers": [*TEXTS, "model=lion_d", "data=glue_rte", "data.tokens=bytes", f"data.source={root / 'rte'}", "model.kind=two_towers"],
         "image": [*VIT, "model=lion_s_multiscan", "data.batch_size=256"],
         "softmax": ["model=softmax", "model.width=16", "model.depth=1", "model.heads=2", "data.batch_size=256"],
     }

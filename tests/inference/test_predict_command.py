@@ -167,7 +167,8 @@ def test_verify_compares_every_form_and_finds_a_planted_fault(finished, places, 
         assert Path(f"{inputs}.jsonl").exists()  # the predictions are those of the form that was asked for
     monkeypatch.setitem(api._IMPLEMENTATIONS, "recurrent", lambda *args, **options: (torch.full_like(args[2], torch.nan), None))
     with pytest.raises(SystemExit):
-        run(places.masked, "texts.txt", "--verify")
+        run(places.masked, "texts.txt", "--verify", "--form", "recurrent", "--output", "nan.jsonl")
+    assert json.loads(Path("nan.jsonl").read_text().splitlines()[0])["tokens"][0]["probability"] is None
     assert "nan" in capsys.readouterr().out
     said = refused(capsys, places.softmax, "digits.npy", "--verify")
     assert "nothing to verify" in said
