@@ -69,6 +69,17 @@ def show(record: Record) -> None:
         console.print(Text(sentence(entry)))
 
 
+def print_table(console: Console, name: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], words: int) -> None:
+    """Print a table; ``words``: the first columns, which hold words."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
+    for line in rows:
+        table.add_row(*(Text(text) for text in line))
+    console.print(Text(name, style="bold"))
+    console.print(table)
+
+
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """A cell's line of the table, as COLUMNS; what was not measured says so in place of its time."""
     first = (f"{cell['length']:,}", f"{cell['batch']:,}", f"{cell['batch'] * cell['length']:,}", cell["form"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,18 +56,10 @@ class StepSettings:
 
 def read(options: Mapping[str, Any]) -> StepSettings:
     """Settings from the command line's words; raises ConfigError for a value that does not fit."""
-    models, overrides = [], []
-    for text in options["models"]:
-        words = _split(text)
-        if words:
-            (overrides if "=" in words[0] else models).append(text)
-    if not models:
-        raise ConfigError('no model is named: give entries of conf/model, such as softmax lion_s "lion_s model.mixer.form=chunkwise".')
-    if len(models) > len(set(models)):
-        raise ConfigError(f"{next(m for m in models if models.count(m) > 1)!r} is named twice: give each model once.")
+    models, overrides = named(options["models"])
     return StepSettings(
-        models=tuple(models),
-        overrides=tuple(overrides),
+        models=models,
+        overrides=overrides,
         form=options["form"],
         dtype=one("dtype", options["dtype"], DTYPES, "a dtype"),
         compile=one("compile", options["compile"], COMPILES, "what is compiled"),
@@ -79,25 +71,45 @@ def read(options: Mapping[str, Any]) -> StepSettings:
     )
 
 
+def named(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The texts that are models, and those that are overrides of all of them; raises ConfigError where no model is named, or one twice."""
+    models, overrides = [], []
+    for text in texts:
+        words = split(text)
+        if words:
+            (overrides if "=" in words[0] else models).append(text)
+    if not models:
+        raise ConfigError('no model is named: give entries of conf/model, such as softmax lion_s "lion_s model.mixer.form=chunkwise".')
+    if len(models) > len(set(models)):
+        raise ConfigError(f"{next(m for m in models if models.count(m) > 1)!r} is named twice: give each model once.")
+    return tuple(models), tuple(overrides)
+
+
 def configurations(settings: StepSettings) -> dict[str, DictConfig]:
     """Text of a model -> its configuration; raises ConfigError for an unknown preset, form or override, or patches that do not fit."""
     found = {}
     for text in settings.models:
-        preset, *own = _split(text)
+        preset, *own = split(text)
         base = [f"model={preset}", *DATA, *settings.overrides]
         if not any(override.startswith("size=") for override in (*settings.overrides, *own)):
             base.append(SIZE)
         cfg = compose([*base, *own])
         if cfg.model.mixer.kind in MIXERS.builtin - {"softmax"} and not any(override.startswith("model.mixer.form=") for override in own):
             cfg = compose([*base, *own, f"model.mixer.form={settings.form}"])
-        if settings.resolution % cfg.model.patch_size:
-            raise ConfigError(f"--resolution {settings.resolution} is no multiple of model.patch_size={cfg.model.patch_size}.")
+        check_patches("--resolution", settings.resolution, cfg)
         found[text] = cfg
     return found
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """A model's preset, and its own overrides; raises ConfigError where quotes do not close."""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"{text!r} is no model with its overrides: {error}.") from None
+
+
+def check_patches(flag: str, resolution: int, cfg: DictConfig) -> None:
+    """Raises ConfigError where a model's patches do not fit images of that height and width."""
+    if resolution % cfg.model.patch_size:
+        raise ConfigError(f"{flag} {resolution} is no multiple of model.patch_size={cfg.model.patch_size}.")

@@ -40,7 +40,7 @@ class Step:
         side, batch = settings.resolution, settings.batch
         torch.manual_seed(0)
         self.model = build.model(cfg.model, data_spec(settings)).to(device).train()
-        self._forward = _compiled(self.model, settings.compile)
+        self._forward = compiled(self.model, settings.compile)
         o = cfg.optim
         groups = weight_decay_groups(self.model, o.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps, fused=True)
@@ -80,16 +80,16 @@ def data_spec(settings: StepSettings) -> DataSpec:
     return DataSpec("synthetic", side * side, classes, names, CHANNELS, None, {"train": settings.batch}, "", grid=(side, side))
 
 
-def _compiled(model: nn.Module, what: str) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, what: str) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, compiled as ``StepSettings.compile`` says."""
     if what == "off":
         return model
     if what == "model":
         return torch.compile(model, dynamic=False)
-    compiled = CompiledModule(model, graphs=True) if what == "graphs" else CompiledBlocks(model)
+    switch = CompiledModule(model, graphs=True) if what == "graphs" else CompiledBlocks(model)
 
     def forward(images: Tensor) -> Tensor:
-        with compiled():
+        with switch():
             return model(images)
 
     return forward
@@ -117,7 +117,7 @@ def measure(
         afterwards: called after all turns with the cells and the steps that were measured, while their graphs are there.
     """
     cells, steps = {}, {}
-    with _fresh_compiler():
+    with fresh_compiler():
         for name, cfg in configurations.items():
             tell(f"{name}: warm-up and memory", 0)
             cell = cells[name] = _head(name, cfg, settings)
@@ -141,7 +141,7 @@ def measure(
 
 
 @contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """Graphs of all models side by side, as their turns need them: they share the code, which torch keeps but a few graphs of."""
     torch._dynamo.reset()
     try:

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lba_exp.bench import profile_report
-from lba_exp.bench.report import head, markdown_table, milliseconds, ratio, spread
+from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread
 from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.screen import binary_size
 
@@ -35,14 +33,8 @@ def write(record: Record, folder: Path) -> None:
 def show(record: Record) -> None:
     """Print the tables, what their columns mean, and why models were not measured."""
     console = Console(width=10_000, highlight=False)  # rich would cut what is wider than the terminal
-    for name, columns, rows, words in tables(record):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < words else "right", no_wrap=True)
-        for line in rows:
-            table.add_row(*(Text(text) for text in line))
-        console.print(Text(name, style="bold"))
-        console.print(table)
+    for table in tables(record):
+        print_table(console, *table)
     for line in notes(record):
         console.print(Text(line, style="dim"))
     for line in reasons(record):

@@ -2,6 +2,8 @@
 
 lba-bench operator --lengths 1024,4096,16384 --decays selective --output bench/operator
 lba-bench steps softmax lion_lit lion_d lion_s --resolution 224 --batch 128 --output bench/steps
+lba-bench model softmax lion_s --resolutions 224,448,896 --tokens 50000 --output bench/model
+lba-bench times --output bench/times
 """
 
 from __future__ import annotations
@@ -11,17 +13,16 @@ import os
 import shlex
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lba_exp.bench.settings import DTYPES, Settings, one, positive, read, whole
 from lba_exp.commands import bench_options
+from lba_exp.commands.bench_models import model, times
+from lba_exp.commands.bench_running import COMMAND, begin, fill, make, new_folder, progress, tell_failures
 from lba_exp.commands.common import fail
-from lba_exp.errors import RunFolderError, UserError
+from lba_exp.errors import UserError
 from lba_exp.stopping import number_of, stopped_by_signals, stopper
-
-COMMAND = "lba-bench"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,29 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
 def operator(args: argparse.Namespace, command: str) -> int:
     """``lba-bench operator``: measure, print, write; returns the exit code."""
     settings = read(vars(args))
-    folder = _new_folder(args.output)
+    folder = new_folder(args.output)
     from lba_exp.bench import operator as bench  # torch: imported once the options are known to be right
 
     device = bench.find_device(settings.device)
     with bench.threads(settings.threads):
         forms = bench.find_forms(settings, device)
-        _make(folder)
+        make(folder)
         return _run(bench, settings, forms, device, folder, command)
-
-
-def _new_folder(folder: Path | None) -> Path | None:
-    """``--output``; raises RunFolderError where it exists."""
-    if folder is not None and folder.exists():
-        raise RunFolderError(f"--output {folder} exists already: give a new folder.")
-    return folder
-
-
-def _make(folder: Path | None) -> None:
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise RunFolderError(f"--output {folder} cannot be made ({error.strerror}): give another folder.") from None
 
 
 def presets(args: argparse.Namespace, command: str) -> int:
@@ -103,7 +89,7 @@ def steps(args: argparse.Namespace, command: str) -> int:
 
     settings = step_settings.read(vars(args))
     configurations = step_settings.configurations(settings)
-    folder = _new_folder(args.output)
+    folder = new_folder(args.output)
     if settings.profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on stderr; read when torch is imported
     from lba_exp.bench import operator as machine  # torch: imported once the options are known to be right
@@ -112,8 +98,8 @@ def steps(args: argparse.Namespace, command: str) -> int:
 
     device = machine.find_device(settings.device)
     with machine.threads(settings.threads):
-        _make(folder)
-        record = _begin("training step benchmark", command, machine, device, asdict(settings))
+        make(folder)
+        record = begin("training step benchmark", command, machine, device, asdict(settings))
         stopped = None
 
         def timed(cells: list[dict[str, Any]], models: dict[str, Any]) -> None:
@@ -128,7 +114,7 @@ def steps(args: argparse.Namespace, command: str) -> int:
                 record["profiles"].append(found)
 
         try:
-            with _progress(len(configurations) * (1 + settings.profile)) as tell, stopped_by_signals():
+            with progress(len(configurations) * (1 + settings.profile)) as tell, stopped_by_signals():
                 bench.measure(configurations, settings, device, tell, timed)
             record["status"] = "finished"
         except KeyboardInterrupt as stop:
@@ -146,31 +132,7 @@ def steps(args: argparse.Namespace, command: str) -> int:
     if stopped is not None:
         fail(COMMAND, f"stopped by {stopper(stopped)} after {len(record.get('profiles', ()))} of {len(configurations)} profiles.")
         return 128 + stopped
-    return _tell_failures(record["cells"], "model", len(configurations))
-
-
-def _begin(kind: str, command: str, machine: Any, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """A record without cells."""
-    from lba_exp.results.git import git_state
-
-    return {
-        "kind": kind,
-        "status": "running",
-        "command": command,
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "environment": machine.environment(device),
-        "settings": settings,
-        "cells": [],
-    }
-
-
-def _tell_failures(cells: list[dict[str, Any]], key: str, number: int) -> int:
-    """Says on stderr which cells failed, where some did; returns the exit code."""
-    broken = [cell for cell in cells if cell["status"] == "failed"]
-    if broken:
-        fail(COMMAND, f"{len(broken)} of {number} cells failed, the first one ({broken[0][key]}) with: {broken[0]['reason']}")
-    return 1 if broken else 0
+    return tell_failures(record["cells"], "model", len(configurations))
 
 
 def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, folder: Path | None, command: str) -> int:
@@ -178,64 +140,25 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
     from lba_exp.bench.exact import ROWS
     from lba_exp.bench.growth import crossovers, growth
 
-    record = _begin("operator benchmark", command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
+    record = begin("operator benchmark", command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
     cells = record["cells"]
     number = sum(map(len, bench.grid(settings))) * len(settings.passes) * len(bench.contenders_of(settings, forms))
-    stopped = None
 
-    def finish() -> None:
-        record.update(load_average_after=bench.load_average()[0], crossovers=crossovers(cells), growth=growth(cells))
+    def finish() -> dict[str, Any]:
+        return {"load_average_after": bench.load_average()[0], "crossovers": crossovers(cells), "growth": growth(cells)}
 
-    try:
-        with _progress(number) as tell, stopped_by_signals():
-            for found in bench.measure(settings, forms, device, tell):
-                cells += found
-                if folder is not None:  # a process that is killed leaves what it had
-                    finish()
-                    report.write_tables(record, folder)
-        record["status"] = "finished"
-    except KeyboardInterrupt as stop:
-        record["status"], stopped = "interrupted", number_of(stop)
-    except BaseException:
-        record["status"] = "failed"
-        raise
-    finally:
-        finish()
-        if folder is not None:  # before the screen, which may be a pipe that is closed
-            report.write(record, folder)
-        report.show(record)
-        if folder is not None:
-            print(f"written to {folder}")
-    if stopped is not None:
-        fail(COMMAND, f"stopped by {stopper(stopped)} after {len(cells)} of {number} cells.")
-        return 128 + stopped
-    return _tell_failures(cells, "form", number)
+    return fill(record, number, lambda tell: bench.measure(settings, forms, device, tell), finish, report, folder, "form")
 
 
-def _progress(total: int) -> Any:
-    """A line of progress on stderr where that is a terminal: a context that gives ``tell(what is done, cells done since)``."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def showing():
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        # redrawn by tell alone: a thread of its own would take time from what is measured
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False) as bar:
-            task = bar.add_task("", total=total)
-
-            def tell(text: str, done: int) -> None:
-                bar.update(task, advance=done, **({"description": text} if text else {}), refresh=True)
-
-            yield tell
-
-    return showing()
-
-
-RUNS = {"operator": operator, "presets": presets, "steps": steps, "sequence": sequence, "tune": tune}
+RUNS = {
+    "operator": operator,
+    "presets": presets,
+    "steps": steps,
+    "model": model,
+    "times": times,
+    "sequence": sequence,
+    "tune": tune,
+}
 
 if __name__ == "__main__":
     main()

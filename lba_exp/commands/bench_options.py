@@ -6,9 +6,18 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from lba_exp.bench.model_settings import COMPILES as MODEL_COMPILES
+from lba_exp.bench.model_settings import FORMS, LENGTHS
 from lba_exp.bench.settings import DECAYS, DEVICES, DIRECTIONS, DTYPES, PASSES
 from lba_exp.bench.step_settings import COMPILES
 from lba_exp.bench.step_settings import DTYPES as STEP_DTYPES
+from lba_exp.bench.time_settings import TABLES
+
+MODELS = (
+    "entries of conf/model, each with overrides of its own where they stand in one word with it: softmax lion_s {example}; words that "
+    "are overrides alone are of all models: model.depth=6"
+)
+SIZED = " (size=vit_base)"
 
 
 def make(command: str, description: str, runs: Mapping[str, Callable]) -> argparse.ArgumentParser:
@@ -63,35 +72,16 @@ def make(command: str, description: str, runs: Mapping[str, Callable]) -> argpar
         allow_abbrev=False,
     )
     third.set_defaults(run=runs["steps"])
-    third.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="entries of conf/model, each with overrides of its own where they stand in one word with it: softmax lion_s "
-        '"lion_s model.mixer.form=chunkwise"; words that are overrides alone are of all models: model.depth=6 (size=vit_base)',
-    )
-    third.add_argument("--form", default="auto", help="form of the linear mixers (%(default)s)")
-    third.add_argument("--resolution", default="224", help="height and width of the images in pixels (%(default)s)")
-    third.add_argument("--batch", default="128", help="images a step (%(default)s)")
-    third.add_argument("--classes", default="1000", help="(%(default)s)")
-    third.add_argument("--dtype", default="bfloat16", help=f"{', '.join(STEP_DTYPES)}: bfloat16 is autocast (%(default)s)")
-    third.add_argument(
-        "--compile",
-        default="model",
-        help=f"{', '.join(COMPILES)}: blocks is what compile=true of a run does, graphs what compile=graphs does (%(default)s)",
-    )
-    third.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
-    third.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
-    third.add_argument("--repeats", default="5", help="turns of each model (%(default)s)")
-    third.add_argument(
-        "--seconds", default="10", help="time that the turns of one model take together, at least one step each (%(default)s)"
-    )
+    third.add_argument("models", nargs="+", metavar="MODEL", help=MODELS.format(example='"lion_s model.mixer.form=chunkwise"') + SIZED)
+    _training_options(third)
     third.add_argument(
         "--profile", action="store_true", help="then one more step of each under torch's profiler: its kernels (on the CPU operators)"
     )
     third.add_argument(
         "--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv (and kernels.csv: --profile)"
     )
+    _model(benches, runs["model"])
+    _times(benches, runs["times"])
     fourth = benches.add_parser(
         "sequence",
         help="one long sequence over several GPUs against one GPU with its share of the tokens",
@@ -124,3 +114,68 @@ def make(command: str, description: str, runs: Mapping[str, Callable]) -> argpar
     fifth.add_argument("--repeats", default="5", help="turns of each candidate (%(default)s)")
     fifth.add_argument("--seconds", default="0.5", help="time that the turns of one candidate take together (%(default)s)")
     return parser
+
+
+def _model(benches: argparse._SubParsersAction, run: Callable) -> None:
+    parser = benches.add_parser(
+        "model",
+        help="time, memory and operations of whole models in inference: every form at every length or resolution",
+        description="Forward passes of models without gradients on synthetic data: time, peak memory, floating-point operations of every "
+        "form at every length (a classifier of sequences of values) or resolution (a vision Transformer), and their figures.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("models", nargs="+", metavar="PRESET", help=MODELS.format(example='"lion_s model.mixer.form=recurrent"'))
+    parser.add_argument(
+        "--forms", default=",".join(FORMS), help="of models that name none; those that a model does not have stay empty (%(default)s)"
+    )
+    parser.add_argument("--lengths", help=f"comma-separated numbers of tokens of a sequence ({LENGTHS})")
+    parser.add_argument("--resolutions", help="in place of --lengths: heights and widths of images in pixels (size=vit_base)")
+    parser.add_argument("--batch", help="sequences or images B (1)")
+    parser.add_argument("--tokens", metavar="N", help="in place of --batch: N // tokens of one of them at every size, at least one")
+    parser.add_argument(
+        "--chunk-sizes", help="comma-separated tokens a chunk of the chunkwise form, measured each (model.mixer.chunk_size)"
+    )
+    parser.add_argument("--classes", default="1000", help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", help=f"of weights and activations: {', '.join(DTYPES)} (%(default)s)")
+    parser.add_argument("--compile", default="off", help=f"{', '.join(MODEL_COMPILES)} (%(default)s)")
+    parser.add_argument("--memory-budget-gib", help="skip a form whose operator is estimated to need more (CPU: half of all; CUDA: none)")
+    _timing_options(parser, "1")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figures")
+
+
+def _times(benches: argparse._SubParsersAction, run: Callable) -> None:
+    parser = benches.add_parser(
+        "times",
+        help="time of a training step over softmax attention's at the paper's sizes, beside the paper's",
+        description="lba-bench steps at each of some sizes, softmax attention first, and beside each ratio the paper's.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    help_text = MODELS.format(example='"hydra model.mlp_ratio=3"')
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{help_text}; softmax first (all whose times the paper tells)")
+    parser.add_argument("--sizes", default=",".join(TABLES), help="comma-separated entries of conf/size (%(default)s)")
+    _training_options(parser)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md and table.csv")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    """What training steps are measured with."""
+    parser.add_argument("--form", default="auto", help="form of the linear mixers (%(default)s)")
+    parser.add_argument("--resolution", default="224", help="height and width of the images in pixels (%(default)s)")
+    parser.add_argument("--batch", default="128", help="images a step (%(default)s)")
+    parser.add_argument("--classes", default="1000", help="(%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(STEP_DTYPES)}: bfloat16 is autocast (%(default)s)")
+    parser.add_argument(
+        "--compile",
+        default="model",
+        help=f"{', '.join(COMPILES)}: blocks is what compile=true of a run does, graphs what compile=graphs does (%(default)s)",
+    )
+    _timing_options(parser, "10")
+
+
+def _timing_options(parser: argparse.ArgumentParser, seconds: str) -> None:
+    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    parser.add_argument("--threads", help="of torch, on the CPU (as torch finds it)")
+    parser.add_argument("--repeats", default="5", help="turns of each (%(default)s)")
+    parser.add_argument("--seconds", default=seconds, help="time that the turns of one take together, at least one call each (%(default)s)")
