@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 TOP = 10.0  # the strongest magnitude
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 10 / 3)  # share of the image, height over width (arXiv 1708.04896)
 
 
 class RandAugment(v2.RandAugment):
@@ -97,7 +98,7 @@ def training_transform(
         steps.append(v2.ColorJitter(a["colour_jitter"], a["colour_jitter"], a["colour_jitter"]))
     steps += _normalised(mean, deviation)
     if a["erasing"]:
-        steps.append(v2.RandomErasing(a["erasing"], scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random"))
+        steps.append(v2.RandomErasing(a["erasing"], scale=ERASED_AREA, ratio=ERASED_RATIO, value="random"))
     return v2.Compose(steps)
 
 

@@ -17,6 +17,7 @@ from lba_exp.data.pixels import MEMORY_LIMIT, STATISTICS_SAMPLE, Images, channel
 from lba_exp.data.reading import drop_unreadable, pick_splits, read_all
 from lba_exp.data.sources import resolve_source
 from lba_exp.data.spec import DataSpec
+from lba_exp.data.stacked import Stacked, StackedCrops
 from lba_exp.errors import DataError
 
 MODES = {1: "L", 3: "RGB"}
@@ -28,7 +29,8 @@ class ImageClassification(SplitData):
     A batch is ``{"inputs": (B, channels, height, width) float32, "labels": (B,) int64}``; mean and deviation of each channel are taken off.
     Training batches come shuffled from a ``ResumableLoader`` and augmented as ``augmentation`` says, each sample by draws of its own in
     each epoch; evaluation takes the middle of each image, and gives each sample exactly once over all devices. Images are decoded once into
-    memory, or, beyond 2 GiB of pixels, when asked for.
+    memory, or, beyond 2 GiB of pixels, when asked for. Those in memory that are of one size already are taken batch by batch
+    (``lba_exp.data.stacked``).
 
     Args:
         source: "digits", a local folder (train.parquet and test.parquet, one written by ``save_to_disk``, or images as
@@ -135,9 +137,13 @@ class ImageClassification(SplitData):
             if self.size is None:
                 found.shape = images["train"].shape  # so that a split of another size is noticed too
         self._images = decode_mixed(images, MEMORY_LIMIT, show=self.trainer is None or self.trainer.is_global_zero) or images
+        stacked = self._images is not images and all(x.shape[:2] == shape for found in self._images.values() for x in found)
+        if stacked := stacked and self.eval_resize in (None, min(shape)):
+            self._images = {split: np.stack(found) for split, found in self._images.items()}
         cut = cut_splits(labels, **self.fractions, seed=self.split_seed)
         mean, deviation = self._statistics(*cut["train"])
-        self._splits = {split: Pictures(self._images[of], labels[of][rows], rows) for split, (of, rows) in cut.items()}
+        kind = Stacked if stacked else Pictures
+        self._splits = {split: kind(self._images[of], labels[of][rows], rows) for split, (of, rows) in cut.items()}
         self._spec = DataSpec(
             name=self.name or source.name,
             length=shape[0] * shape[1],
@@ -167,7 +173,10 @@ class ImageClassification(SplitData):
         self.mean, self.deviation = mean, deviation
         transform = evaluation_transform(self._spec.grid, self.eval_resize, mean, deviation)
         for samples in self._splits.values():
-            samples.transform = transform
+            if isinstance(samples, Stacked):
+                samples.normalise(mean, deviation)
+            else:
+                samples.transform = transform
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: how inputs are normalised, what the classes are called, and which data they were."""
@@ -185,10 +194,14 @@ class ImageClassification(SplitData):
         pixels = (255 * (inputs.detach().float().cpu() * deviation + mean)).round().clamp(0, 255).to(torch.uint8)
         return list((pixels.squeeze(1) if self.channels == 1 else pixels.permute(0, 2, 3, 1)).numpy())
 
-    def _training_samples(self) -> Pictures | AugmentedPictures:
+    def _training_samples(self) -> Stacked | StackedCrops | Pictures | AugmentedPictures:
         samples = self._split("train")
         if self.augmentation is None:
             return samples
+        if isinstance(samples, Stacked):
+            if StackedCrops.fits(self.augmentation):
+                return StackedCrops(samples, self.augmentation)
+            samples = Pictures(samples.images, samples.labels, samples.rows)
         transform = training_transform(self.augmentation, self._spec.grid, self.eval_resize, self.mean, self.deviation)
         return AugmentedPictures(samples, transform)
 

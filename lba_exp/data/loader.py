@@ -139,7 +139,8 @@ class ResumableLoader:
 
     Args:
         dataset: has ``__len__`` and ``__getitem__(index)``. One that augments has ``draw(index, rng)`` too, which is called instead;
-            rng is a numpy Generator of that sample, or copy of it, in that epoch.
+            rng is a numpy Generator of that sample, or copy of it, in that epoch. One that makes whole batches has ``batch(indices)``
+            or ``draw_batch(indices, rngs)`` in place of them, and ``collate`` is not called.
         batch_size: samples of a batch on one rank.
         seed: of order and augmentation, >= 0.
         shuffle: a new permutation every epoch.
@@ -278,10 +279,15 @@ class _Fetch:
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> Any:
         epoch, indices = key
         try:
-            if hasattr(self.dataset, "draw"):
-                rngs = (np.random.default_rng([self.seed, epoch, int(index)]) for index in indices)
-                return self.collate([self.dataset.draw(int(index) % len(self), rng) for index, rng in zip(indices, rngs, strict=True)])
-            return self.collate([self.dataset[int(index) % len(self)] for index in indices])
+            samples = [int(index) % len(self) for index in indices]
+            if hasattr(self.dataset, "batch"):
+                return self.dataset.batch(samples)
+            if not hasattr(self.dataset, "draw") and not hasattr(self.dataset, "draw_batch"):
+                return self.collate([self.dataset[sample] for sample in samples])
+            rngs = [np.random.default_rng([self.seed, epoch, int(index)]) for index in indices]
+            if hasattr(self.dataset, "draw_batch"):
+                return self.dataset.draw_batch(samples, rngs)
+            return self.collate([self.dataset.draw(sample, rng) for sample, rng in zip(samples, rngs, strict=True)])
         except DataError as error:
             return error  # raised in a worker it would arrive wrapped in the worker's traceback
 
