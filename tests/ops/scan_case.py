@@ -1,4 +1,6 @@
-"""The selective scan by its definition, token by token, and random operands for it."""
+"""The selective scan by its definition, token by token, random operands for it, and kernels that write to NaN."""
+
+from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +30,28 @@ def operands(batch, length, channels, state, *, largest=2.0, seed=0, device="cpu
     drawn = normal(batch, length, channels), largest * uniform(batch, length, channels), -4 * uniform(channels, state)
     drawn += normal(batch, length, state), normal(batch, length, state)
     return [tensor.to(device) for tensor in drawn]
+
+
+def mask_of(kind, batch, length, device="cpu"):
+    """A padding mask, or None; the same tokens in all sequences."""
+    if kind == "none":
+        return None
+    places = torch.arange(length, device=device).expand(batch, length)
+    return {"left": places >= length // 3, "right": places < length - length // 3, "holes": places % 3 != 1}[kind]
+
+
+@contextmanager
+def poisoned():
+    """What the kernels write to is NaN before they run."""
+    from lba_exp.ops.fused_scan import launch
+
+    from .poison import _Torch
+
+    launch.torch = _Torch()
+    try:
+        yield
+    finally:
+        launch.torch = torch
 
 
 def error(found, expected):

@@ -18,6 +18,11 @@ def _numbers(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
+def _mask(mask: Tensor | None, other: Tensor) -> Tensor:
+    """The mask in one piece, as the kernels read it: it may be one row, expanded over the sequences. None: ``other``, which is not read."""
+    return other if mask is None else mask.contiguous()
+
+
 def forward(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, mask: Tensor | None, backward: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -28,7 +33,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     borders = _numbers(x, *border_shape(x, state, keep))
     forward_kernel[(batch, -(-channels // CHANNELS))](
-        x, delta, a, b, c, mask if mask is not None else x, y, borders, length, channels,
+        x, delta, a, b, c, _mask(mask, x), y, borders, length, channels,
         N=state, BLOCK=CHANNELS, CHUNK=CHUNK, MASKED=mask is not None, BACKWARD=backward, KEEP=keep, num_warps=_warps(state),
     )  # fmt: skip
     return y, borders
@@ -47,7 +52,7 @@ def backward(
     db, dc = (_numbers(x, blocks, batch, length, state) for _ in range(2))
     states = _numbers(x, batch, blocks, CHUNK, state, CHANNELS)
     backward_kernel[(batch, blocks)](
-        grad, x, delta, a, b, c, mask if mask is not None else x, borders, states, dx, ddelta, da, db, dc, length, channels, blocks,
+        grad, x, delta, a, b, c, _mask(mask, x), borders, states, dx, ddelta, da, db, dc, length, channels, blocks,
         N=state, BLOCK=CHANNELS, CHUNK=CHUNK, MASKED=mask is not None, BACKWARD=backward, num_warps=_warps(state),
     )  # fmt: skip
     return dx, ddelta, da.sum(0), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lba_exp.ops.fused.operator import DTYPES, HAS_TRITON, INTERPRETED
-from lba_exp.ops.precision import first_derivative, no_forward_mode
+from lba_exp.ops.precision import compute_dtype, first_derivative, no_forward_mode
 
 LARGEST_STATE = 64
 CHUNK = 16  # tokens between the states that the forward pass keeps for the backward pass
@@ -88,7 +88,7 @@ def fused_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, mask: 
     L)``, True = real token; ``backward``: from the last token on. All sums are float32. Returns ``(B, L, D)`` in the dtype of x; raises
     ValueError where it cannot run (``selective_scan_obstacle``), RuntimeError for derivatives beyond the first and forward-mode ones.
     """
-    if reason := selective_scan_obstacle(x.device, x.dtype, a.shape[1]):
+    if reason := selective_scan_obstacle(x.device, compute_dtype(x, delta, a, b, c), a.shape[1]):
         raise ValueError(reason)
     no_forward_mode(x, delta, a, b, c)
     keep = torch.is_grad_enabled() and any(y.requires_grad for y in (x, delta, a, b, c))
