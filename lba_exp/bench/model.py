@@ -17,6 +17,7 @@ from lba_exp.bench.measure import Problem, attempt, release, summary, take_turns
 from lba_exp.bench.model_counts import Counts, operator_flops, read_counts
 from lba_exp.bench.model_settings import ModelSettings, forms_of
 from lba_exp.bench.operator import memory_budget
+from lba_exp.bench.pace import OVER, PACED_BLOCKS, pace, two_blocks_bytes
 from lba_exp.bench.steps import CHANNELS, compiled, fresh_compiler
 from lba_exp.callbacks.flops import COUNTED_AS_THEY_ARE, LINEAR, training_flops
 from lba_exp.callbacks.memory import LiveTensors
@@ -27,9 +28,10 @@ Cell = dict[str, Any]
 Contender = tuple[str | None, int | None]  # form, tokens a chunk
 
 FIGURES = (
-    *("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "sequences_per_second", "tokens_per_second"),
+    *("median_ms", "quartile_1_ms", "quartile_3_ms", "calls", "sequences_per_second", "tokens_per_second", "estimated_ms"),
     *("peak_bytes", "forward_bytes", "resident_bytes", "counted_flops", "counted_form", "operator_flops", "token_bytes"),
 )
+PASSES = 3  # of a cell beside its turns: for the pace, for the memory, and the one that warms up
 
 
 def data_spec(settings: ModelSettings, size: int) -> DataSpec:
@@ -65,7 +67,9 @@ def measure(
     """The cells of one size after the other; all that are measured at one size take turns.
 
     A cell holds ``model``, ``form``, ``chunk_size``, the size (``length`` or ``resolution``), ``tokens`` of a sequence, ``batch``,
-    ``parameters``, ``state_size`` (numbers of the recurrent form's states, for each sequence), FIGURES, and ``status`` and ``reason``.
+    ``parameters``, ``state_size`` (numbers of the recurrent form's states, for each sequence), FIGURES, and ``status`` and ``reason``. One
+    that takes longer than ``settings.cell_seconds`` is "over the limit": it holds the ``estimated_ms`` of a pass, and the memory of its
+    first two blocks, or neither where a smaller size tells that these would take too long already.
 
     Args:
         configurations: from ``model_settings.configurations``.
@@ -73,16 +77,21 @@ def measure(
         device: from ``operator.find_device``.
         tell: called with what is done next, and with the number of cells done since the last call.
     """
+    over: dict[tuple[str, str | None, int | None], Cell] = {}
     for size in settings.sizes:
         release(device)
         with nullcontext() if settings.compile == "off" else fresh_compiler():
-            cells = _measure_size(size, configurations, found, settings, device, tell)
+            cells = _measure_size(size, configurations, found, settings, device, tell, over)
         yield cells
+        over |= {(c["model"], c["form"], c["chunk_size"]): c for c in cells if c["estimated_ms"] is not None}
         tell("", len(cells))
 
 
-def _measure_size(size, configurations, found, settings, device, tell) -> list[Cell]:
-    """Each contender's memory and operations in a run of its own, then the times, all contenders in turns."""
+def _measure_size(size, configurations, found, settings, device, tell, over) -> list[Cell]:
+    """Each contender's memory and operations in a run of its own, then the times, all contenders in turns.
+
+    ``over``: the cells that were over the limit at smaller sizes, which tell what need not be tried.
+    """
     cells: dict[tuple[str, str | None, int | None], Cell] = {}
     calls: dict[tuple[str, str | None, int | None], Callable[[], Tensor]] = {}
     drawn: dict[int, Tensor] = {}
@@ -97,13 +106,14 @@ def _measure_size(size, configurations, found, settings, device, tell) -> list[C
         for form, chunk in found[name]:
             tell(f"{name}, {settings.axis} {size:,}: {form or 'memory'}", 0)
             key = (name, form, chunk)
-            failure = problem or subject.too_large(form)
+            failure = problem or subject.too_large(form) or subject.too_slow(about, over.get(key))
             if failure is None:
                 ready, failure = attempt(partial(subject.prepare, form, chunk))
             cells[key] = about | {"form": form, "chunk_size": chunk} | _empty(failure or Problem("", None))
             if failure is None:
-                calls[key], figures = ready
-                cells[key] |= figures
+                cells[key] |= ready[1]
+                if cells[key]["status"] != OVER:
+                    calls[key] = ready[0]
             ready = None
             release(device)
         del subject, model
@@ -153,6 +163,16 @@ class _Subject:
         reason = over_budget(form, batch or self.batch, shapes, self._budget, itemsize)
         return None if reason is None else Problem("skipped", reason)
 
+    def too_slow(self, about: Cell, smaller: Cell | None) -> Problem | None:
+        """Why a form is not even tried that was over the limit at a smaller size: the blocks that are run to tell would be already, if time
+        grew as the number of tokens does; it does not grow less."""
+        if smaller is None:
+            return None
+        more = about["tokens"] * about["batch"] / (smaller["tokens"] * smaller["batch"])
+        if PACED_BLOCKS * more * 1e-3 * smaller["estimated_ms"] / len(self.model.blocks) <= self.settings.cell_seconds:
+            return None
+        return Problem(OVER, f"not tried, as {smaller['tokens']:,} tokens took too long")
+
     def prepare(self, form: str | None, chunk: int | None) -> tuple[Callable[[], Tensor], Cell]:
         """What is timed, warmed up, and the figures that are no times; ValueError for a form that the model does not have."""
         if form is not None and form not in self.model.forms:
@@ -164,15 +184,26 @@ class _Subject:
             with torch.no_grad():
                 return forward(self.inputs)
 
-        if self.device.type == "cuda" or self.settings.compile != "off":
+        found: Cell = {}
+        if self.settings.cell_seconds is not None:
+            longest = self.settings.cell_seconds / (PASSES + self.settings.repeats)
+            seconds, left = pace(call, view.blocks, longest, self.device)
+            if left:
+                reason = f"2 of {len(view.blocks)} blocks were run, whose pace tells the time, and whose memory stands here"
+                found = {"status": OVER, "estimated_ms": 1e3 * seconds, "reason": reason}
+        elif self.device.type == "cuda" or self.settings.compile != "off":
             call()  # it is compiled, libraries take their workspaces, kernels are built
-        with LiveTensors(self.device) as memory:
-            y = call()
-        # the pool of a CUDA graph is taken once, before, and shared with the other models'
-        taken = None if self.settings.compile == "graphs" else memory.bytes
+        if found:
+            taken = two_blocks_bytes(call, view.blocks, self.device)
+        else:
+            with LiveTensors(self.device) as memory:
+                y = call()
+            found["reason"] = None if bool(y.isfinite().all()) else "the output is not finite"
+            # the pool of a CUDA graph is taken once, before, and shared with the other models'
+            taken = None if self.settings.compile == "graphs" else memory.bytes
         resident = sum(x.nbytes for x in (*view.parameters(), *view.buffers(), self.inputs))
         counted_form = form if form in COUNTED_AS_THEY_ARE else LINEAR
-        return call, {
+        return call, found | {
             "forward_bytes": taken,
             "resident_bytes": resident,
             "peak_bytes": None if taken is None else resident + taken,
@@ -180,7 +211,6 @@ class _Subject:
             "counted_form": counted_form,
             "operator_flops": operator_flops(self.counts.calls, form, _chunk_of(view)),
             "token_bytes": self.counts.token_bytes,
-            "reason": None if bool(y.isfinite().all()) else "the output is not finite",
         }
 
     def _obstacle(self, form: str) -> str:

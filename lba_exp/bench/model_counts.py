@@ -20,13 +20,13 @@ FORMULAS = {
     "chunkwise": "2 L C (Dk + W) + 4 n L Dk W",
     "recurrent": "n L Dk W (4, or 5 with decay) + 2 L (Dk + Dv)",
 }
-LINEAR_OPERATORS = (ops.bidirectional_linear_attention, ops.selective_scan)
+DELTA, SCAN, PRODUCTS = "delta rule", "selective scan", "linear attention"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the operator on one sequence: sizes, directions, whether it divides, whether it decays; ``linear``: as LINEAR_OPERATORS
-    do (the delta rule corrects its state instead, which has other formulas)."""
+    """One call of the operator on one sequence: sizes, directions, whether it divides, whether it decays; ``kind``: SCAN's kernel goes
+    token by token, PRODUCTS's by chunks; DELTA, the delta rule, corrects its state instead, which has other formulas."""
 
     length: int
     heads: int
@@ -35,7 +35,7 @@ class Call:
     directions: int
     divided: bool
     decays: bool
-    linear: bool = True
+    kind: str = PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,19 @@ def operator_flops(calls: Iterable[Call], form: str | None, chunk: int | None) -
     Left out is what is O(L d): feature maps, gates, sums of decays, divisions; and what masks and row sums add to L^2 or L C scores.
 
     Args:
-        form: one of the operator's; "fused" is counted as chunkwise; None: softmax attention, as many products as the parallel form.
+        form: one of the operator's; "fused" is counted as chunkwise, that of a selective scan as recurrent; None: softmax attention, as
+            many products as the parallel form.
         chunk: tokens a chunk.
     """
     total = 0
     for call in calls:
-        if not call.linear:
+        if call.kind == DELTA:
             return None
         length, keys, values, both = call.length, call.key_width, call.value_width, call.directions
         wide = values + call.divided
         if form in (None, "parallel"):
             one = 2 * length**2 * (keys + values)
-        elif form == "recurrent":
+        elif form == "recurrent" or (form, call.kind) == ("fused", SCAN):
             one = both * length * keys * wide * (5 if call.decays else 4) + 2 * length * (keys + values)
         else:
             one = 2 * length * min(chunk, length) * (keys + wide) + 4 * both * length * keys * wide
@@ -128,7 +129,8 @@ def _call(layer: nn.Module, operands: dict) -> Call:
     operator = getattr(layer, "operator", ops.bidirectional_linear_attention)
     # divided by the operator, or by a layer that asks for the denominator (mLSTM)
     divided = operator is ops.bidirectional_linear_attention and operands.get("scaled", True)
-    return Call(length, rows * heads, keys, values, directions, divided, decays, operator in LINEAR_OPERATORS)
+    kind = {ops.bidirectional_linear_attention: PRODUCTS, ops.selective_scan: SCAN}.get(operator, DELTA)
+    return Call(length, rows * heads, keys, values, directions, divided, decays, kind)
 
 
 def _distinct_bytes(operands: list[dict], length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from lba_exp.bench.model_report import form_name
+from lba_exp.bench.model_report import form_name, model_name
+from lba_exp.bench.pace import OVER
 from lba_exp.results.figures import FAINT, FORM_COLOURS, INK
 from lba_exp.results.naming import ONLY
 
 COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#57606a")
+STROKES = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)))
 MARKERS = {"parallel": "s", "recurrent": "o", "chunkwise": "^", "fused": "D"}
 TIME, MEMORY = "median_ms", "peak_bytes"
 NAMES = {TIME: ("time", "Time"), MEMORY: ("memory", "Peak memory")}
@@ -31,12 +34,12 @@ def figures(record: Record) -> dict[str, Figure]:
     forms. In its place ``chunk_size``: two or more chunks, at the largest size where all were measured.
     """
     axis = record["settings"]["axis"]
-    cells = [c for c in record["cells"] if c["status"] in ("measured", "out of memory")]
-    measured = [c for c in cells if c["status"] == "measured"]
+    cells = [c for c in record["cells"] if c["status"] in ("measured", "out of memory", OVER)]
+    measured = [c for c in cells if c["status"] != "out of memory"]
     found = {}
     if len({c[axis] for c in measured}) > 1:
         for what in (MEMORY, TIME):
-            if any(c[what] for c in measured):
+            if any(_value(c, what) for c in measured):
                 found[f"{NAMES[what][0]}_{axis}"] = _by_size(record, cells, what)
     with_both = [c for c in measured if c[MEMORY]]
     chunks = {c["chunk_size"] for c in measured if c["chunk_size"]}
@@ -58,9 +61,11 @@ def _by_size(record: Record, cells: list[Cell], what: str) -> Figure:
     axes.set_title(f"{NAMES[what][1]} of a forward pass", loc="left", fontsize=9.5, color=INK)
     missing: dict[int, int] = {}
     for name, style, own in _lines(cells):
-        points = [(c[axis], c[what] / scale) for c in own if c["status"] == "measured" and c[what]]
+        points = [(c[axis], _value(c, what) / scale) for c in own if _value(c, what)]
         lost = [c[axis] for c in own if c["status"] == "out of memory"]
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=name, **style)
+        if what == TIME:
+            _hollow(axes, [(c[axis], c["estimated_ms"]) for c in own if c["estimated_ms"]], style)
         for size in lost:  # side by side where several lie on one size
             missing[size] = missing.get(size, 0) + 1
             axes.annotate(
@@ -76,6 +81,8 @@ def _by_size(record: Record, cells: list[Cell], what: str) -> Figure:
             )
     if missing:
         axes.plot([], [], linestyle="", marker="x", color=INK, markersize=5, label="out of memory")
+    if what == TIME:
+        _explain_hollow(axes, cells)
     _plain_numbers(axes, "y")
     _legend(figure, axes)
     return figure
@@ -93,11 +100,13 @@ def _forms(record: Record, cells: list[Cell]) -> Figure:
     ends = "pixels" if axis == "resolution" else "tokens"
     axes.set_title(f"Memory and time of a forward pass, {ends} at the ends of a line", loc="left", fontsize=9.5, color=INK)
     for name, style, own in _lines(cells):
-        axes.plot([c[TIME] for c in own], [c[MEMORY] / scale for c in own], label=name, **style)
+        axes.plot([_value(c, TIME) for c in own], [c[MEMORY] / scale for c in own], label=name, **style)
+        _hollow(axes, [(c["estimated_ms"], c[MEMORY] / scale) for c in own if c["estimated_ms"]], style)
         for c, drop in ((own[0], -9), (own[-1], 5)) if len(own) > 1 else ():
             place = {"xytext": (0, drop), "textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": style["color"]}
-            axes.annotate(f"{c[axis]:,}", (c[TIME], c[MEMORY] / scale), **place)
+            axes.annotate(f"{c[axis]:,}", (_value(c, TIME), c[MEMORY] / scale), **place)
     axes.margins(x=0.12, y=0.08)
+    _explain_hollow(axes, cells)
     _plain_numbers(axes, "x")
     _plain_numbers(axes, "y")
     _legend(figure, axes)
@@ -119,7 +128,7 @@ def _chunks(record: Record, cells: list[Cell]) -> Figure:
         head = f"{NAMES[what][1]} at {size:,} {'px' if axis == 'resolution' else 'tokens'}"
         axes.set_title(head, loc="left", fontsize=9.5, color=INK)
         for name, style, own in _lines(cells, chunks=False):
-            points = [(c["chunk_size"], c[what] / scale) for c in own if c[what]]
+            points = [(c["chunk_size"], _value(c, what) / scale) for c in own if _value(c, what)]
             if points and points[0][0]:
                 axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
             elif points:
@@ -131,6 +140,22 @@ def _chunks(record: Record, cells: list[Cell]) -> Figure:
     return figure
 
 
+def _value(cell: Cell, what: str) -> float | None:
+    """A cell's memory; its time, an estimated one where it was over the limit."""
+    return cell["estimated_ms"] if what == TIME and cell["status"] == OVER else cell[what]
+
+
+def _hollow(axes: Axes, points: list[tuple[float, float]], style: Mapping[str, Any]) -> None:
+    """Marks estimated times."""
+    if points:
+        axes.plot(*zip(*points, strict=True), **style | {"linestyle": "", "markerfacecolor": "white", "zorder": 4})
+
+
+def _explain_hollow(axes: Axes, cells: Iterable[Cell]) -> None:
+    if any(c["status"] == OVER for c in cells):
+        axes.plot([], [], linestyle="", marker="o", markersize=4, color=INK, markerfacecolor="white", label="time estimated, see table")
+
+
 def _unit(cells: Iterable[Cell], what: str) -> tuple[float, str]:
     """What a figure is divided by, and its unit in words."""
     if what == TIME:
@@ -140,25 +165,28 @@ def _unit(cells: Iterable[Cell], what: str) -> tuple[float, str]:
 
 
 def _lines(cells: Iterable[Cell], chunks: bool = True) -> list[tuple[str, dict[str, Any], list[Cell]]]:
-    """Label, style and cells of each model and form (and chunk): colours by model, or by form where there is but one linear model."""
+    """Label, style and cells of each model and form (and chunk, or all chunks as one line).
+
+    A form has its colour where there is but one linear model. Where there are more, each line has one of its own; where these are not
+    enough, forms have colours and models strokes.
+    """
     grouped: dict[tuple[str, str], list[Cell]] = {}
     for c in cells:
-        grouped.setdefault((c["model"], form_name(c) if chunks else c["form"] or ONLY), []).append(c)
-    linear = list(dict.fromkeys(model for model, form in grouped if form != ONLY))
-    one_chunk = len({c["chunk_size"] for group in grouped.values() for c in group if c["chunk_size"]}) < 2
-    found = []
+        grouped.setdefault((model_name(c), form_name(c) if chunks else c["form"] or ONLY), []).append(c)
+    names = list(dict.fromkeys(model for model, form in grouped if form != ONLY))
+    several_chunks = chunks and len({c["chunk_size"] for c in cells if c["chunk_size"]}) > 1
+    by_form = not several_chunks and (len(names) == 1 or sum(form != ONLY for _, form in grouped) > len(COLOURS))
+    found, colours = [], itertools.cycle(COLOURS)
     for (model, form), own in grouped.items():
         kind = own[0]["form"]
         style = {"linewidth": 1.6, "markersize": 4, "marker": MARKERS.get(kind, "o")}
         if kind is None:
             style |= {"color": INK, "linestyle": (0, (4, 2))}
-        elif len(linear) == 1 and (one_chunk or not chunks):
-            style |= {"color": FORM_COLOURS[kind]}
+        elif by_form:
+            style |= {"color": FORM_COLOURS[kind], "linestyle": STROKES[names.index(model) % len(STROKES)]}
         else:
-            index = linear.index(model) if one_chunk or not chunks else len(found)
-            style |= {"color": COLOURS[index % len(COLOURS)]}
-        shown = kind if kind is None or one_chunk else form
-        found.append((model if kind is None else f"{model}, {shown}", style, own))
+            style |= {"color": next(colours)}
+        found.append((model if kind is None else f"{model}, {form if several_chunks else kind}", style, own))
     return found
 
 
@@ -194,6 +222,8 @@ def _log(axes: Axes, which: str, label: str, ticks: Iterable[int]) -> None:
 
 def _plain_numbers(axes: Axes, which: str) -> None:
     own = axes.xaxis if which == "x" else axes.yaxis
+    if own.get_scale() == "log":
+        own.set_major_locator(LogLocator(subs=(1, 2, 5)))
     own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     own.set_minor_formatter(NullFormatter())
 

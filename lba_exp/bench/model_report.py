@@ -1,4 +1,4 @@
-"""The record of a benchmark of whole models as tables on the screen, table.md, table.csv, result.json and figures."""
+"""The record of a benchmark of whole models as tables on the screen, table.md, table.csv and result.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.text import Text
 
 from lba_exp.bench.memory_fit import SHORTEST
 from lba_exp.bench.model_counts import FORMULAS
+from lba_exp.bench.model_settings import FORM_KEY
+from lba_exp.bench.pace import OVER
 from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread
 from lba_exp.bench.steps_report import comma_separated
 from lba_exp.callbacks.memory import LIVE_TENSORS
@@ -23,15 +25,6 @@ FIT_COLUMNS = ("model", "tokens", "bytes a token", "predicted", "x predicted", "
 
 Record = Mapping[str, Any]
 Cell = Mapping[str, Any]
-
-
-def write(record: Record, folder: Path) -> None:
-    """Write every file of a benchmark into a folder that exists: the record, both tables and the figures that its cells are enough for."""
-    from lba_exp.bench.model_figure import figures
-
-    write_tables(record, folder)
-    for name, figure in figures(record).items():
-        figure.savefig(folder / f"{name}.png", format="png", metadata={"Description": record["command"]})
 
 
 def write_tables(record: Record, folder: Path) -> None:
@@ -66,18 +59,39 @@ def cells_table(record: Record) -> tuple[str, tuple[str, ...], list[tuple[str, .
 
 def row(cell: Cell) -> tuple[str, ...]:
     """A cell's line of the table, as COLUMNS; what was not measured says so in place of its time."""
-    first = (cell["model"], form_name(cell), f"{cell['tokens']:,}", f"{cell['batch']:,}")
-    if cell["status"] != "measured":
+    first = (model_name(cell), form_name(cell), f"{cell['tokens']:,}", f"{cell['batch']:,}")
+    if cell["status"] not in ("measured", OVER):
         return (*first, cell["status"], *[""] * (len(COLUMNS) - len(first) - 1))
     return (
         *first,
-        milliseconds(cell["median_ms"]),
-        f"{cell['sequences_per_second']:,.4g}",
+        time_text(cell),
+        "" if cell["sequences_per_second"] is None else f"{cell['sequences_per_second']:,.4g}",
         binary_size(cell["peak_bytes"]),
         binary_size(cell["forward_bytes"]),
         operations(cell["counted_flops"]),
         operations(cell["operator_flops"]),
     )
+
+
+def model_name(cell: Mapping[str, Any]) -> str:
+    """The text of a cell's, or a line's, model without its form, which stands beside it."""
+    return " ".join(word for word in cell["model"].split() if not word.startswith(FORM_KEY))
+
+
+def time_text(cell: Cell) -> str:
+    """A cell's time, "about" an estimated one; why there is none, where there is none; nothing for a form that a model does not have."""
+    if cell["status"] == OVER and cell["estimated_ms"] is not None:
+        return f"about {milliseconds(cell['estimated_ms'])}"
+    if cell["status"] != "measured":
+        return cell["status"].replace("not available here", "")
+    return milliseconds(cell["median_ms"])
+
+
+def memory_text(cell: Cell) -> str:
+    """A cell's peak memory; why it was not measured, where it was not."""
+    if cell["peak_bytes"] is not None:
+        return binary_size(cell["peak_bytes"])
+    return "" if cell["status"] in ("measured", OVER) else time_text(cell)
 
 
 def form_name(cell: Cell) -> str:
@@ -98,8 +112,8 @@ def operations(number: float | None) -> str:
 def short_tables(record: Record) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]], int]]:
     """Time and memory of each form by size, empty where a model has no such form, and the line through the recurrent form's memory."""
     found = [
-        ("Time of a forward pass", *_by_size(record, lambda c: milliseconds(c["median_ms"]))),
-        ("Peak memory of a forward pass, weights and inputs included", *_by_size(record, lambda c: binary_size(c["peak_bytes"]))),
+        ("Time of a forward pass", *_by_size(record, time_text)),
+        ("Peak memory of a forward pass, weights and inputs included", *_by_size(record, memory_text)),
     ]
     if record["fits"]:
         found.append(("Memory of the recurrent form", FIT_COLUMNS, [_fit_row(fit) for fit in record["fits"]], 1))
@@ -112,15 +126,14 @@ def _by_size(record: Record, text: Callable[[Cell], str]) -> tuple[tuple[str, ..
     sizes = list(dict.fromkeys(c[size] for c in record["cells"]))
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for c in record["cells"]:
-        told = text(c) if c["status"] == "measured" else c["status"].replace("not available here", "")
-        lines.setdefault((c["model"], form_name(c)), {})[c[size]] = told
+        lines.setdefault((model_name(c), form_name(c)), {})[c[size]] = text(c)
     rows = [(*key, *(line.get(n, "") for n in sizes)) for key, line in lines.items()]
     return ("model", "form", *(f"{n:,}{unit}" for n in sizes)), rows, 2
 
 
 def _fit_row(fit: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        fit["model"],
+        model_name(fit),
         f"{fit['shortest']:,} to {fit['longest']:,}",
         f"{fit['bytes_per_token']:,.0f}",
         f"{fit['predicted_bytes_per_token']:,.0f}",
@@ -158,9 +171,15 @@ def notes(record: Record) -> list[str]:
         f"peak memory: {memory}.",
         "FLOPs: matrix products of a pass over one sequence as torch counts them; where a form is one step at a time or a kernel, which "
         "torch does not see into, those of the chunkwise form stand for its operator.",
-        f"operator, by formula: of one sequence and head, all layers added up: {formulas}; fused as chunkwise, softmax as parallel; W = Dv "
-        "+ 1 where the output is divided, n directions, C tokens a chunk. Empty for the delta rule, which is another operator.",
+        f"operator, by formula: of one sequence and head, all layers added up: {formulas}; fused as chunkwise (a selective "
+        "scan's as recurrent), softmax as parallel; W = Dv + 1 where the output is divided, n directions, C tokens a chunk. Empty for the "
+        "delta rule, which is another operator.",
     ]
+    if any(c["status"] == OVER for c in record["cells"]):
+        found.append(
+            f"about: all passes of a cell would have taken more than {s['cell_seconds']:g} s. One was left after two blocks: the second "
+            "one's time, times the number of blocks. Its memory is that of these two; the others hold as much, one after the other."
+        )
     if record["fits"]:
         found.append(
             f"memory of the recurrent form: least squares of what the pass adds against B L, from L = {SHORTEST} on. Predicted, a count "
@@ -174,7 +193,7 @@ def notes(record: Record) -> list[str]:
 def reasons(record: Record) -> list[str]:
     """Why cells hold nothing, or are not to be trusted, each reason once."""
     told = [c for c in record["cells"] if c["reason"]]
-    names = ((f"{c['model']} {form_name(c)}", "" if c["status"] == "measured" else f" {c['status']}", c["reason"]) for c in told)
+    names = ((f"{model_name(c)} {form_name(c)}", "" if c["status"] == "measured" else f" {c['status']}", c["reason"]) for c in told)
     return list(dict.fromkeys(f"{name}{status}: {reason}" for name, status, reason in names))
 
 

@@ -39,6 +39,7 @@ class ModelSettings:
         device, threads, repeats, seconds: as of ``lba_exp.bench.settings.Settings``.
         memory_budget_gib: a form whose operator is estimated to need more is skipped; None: half of all memory on the CPU, where a process
             that takes too much is killed; on CUDA everything is tried.
+        cell_seconds: a pass of which a cell, with all its passes, would take longer is left after two blocks; None: no limit.
     """
 
     models: tuple[str, ...]
@@ -57,6 +58,7 @@ class ModelSettings:
     repeats: int = 5
     seconds: float = 1.0
     memory_budget_gib: float | None = None
+    cell_seconds: float | None = None
 
     @property
     def axis(self) -> str:
@@ -77,6 +79,9 @@ def read(options: Mapping[str, Any]) -> ModelSettings:
     models, overrides = named(options["models"])
     exclusive(options, "lengths", "resolutions", "sequences of values, or images")
     exclusive(options, "tokens", "batch", "--tokens N takes N // tokens of one sequence at every size")
+    compiles = one("compile", options["compile"], COMPILES, "what is compiled")
+    if options["cell_seconds"] is not None and compiles != "off":
+        raise ConfigError("--cell-seconds leaves a pass between two blocks, which a compiled model does not have: give --compile off.")
     lengths = options["lengths"] or (None if options["resolutions"] else LENGTHS)
     tokens = None if options["tokens"] is None else whole("tokens", options["tokens"])
     return ModelSettings(
@@ -90,12 +95,13 @@ def read(options: Mapping[str, Any]) -> ModelSettings:
         tokens=tokens,
         classes=whole("classes", options["classes"]),
         dtype=one("dtype", options["dtype"], DTYPES, "a dtype"),
-        compile=one("compile", options["compile"], COMPILES, "what is compiled"),
+        compile=compiles,
         device=one("device", options["device"], DEVICES, "a device"),
         threads=None if options["threads"] is None else whole("threads", options["threads"]),
         repeats=whole("repeats", options["repeats"]),
         seconds=positive("seconds", options["seconds"]),
         memory_budget_gib=None if options["memory_budget_gib"] is None else positive("memory_budget_gib", options["memory_budget_gib"]),
+        cell_seconds=None if options["cell_seconds"] is None else positive("cell_seconds", options["cell_seconds"]),
     )
 
 

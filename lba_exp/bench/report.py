@@ -30,14 +30,6 @@ HOST_BOUND = 0.9  # the host's time over the time of a call from which the call 
 Record = Mapping[str, Any]
 
 
-def write(record: Record, folder: Path) -> None:
-    """Write every file of a benchmark into a folder that exists: the record, both tables and the figure."""
-    from lba_exp.bench.figure import draw
-
-    write_tables(record, folder)
-    draw(record).savefig(folder / "figure.png", format="png")
-
-
 def write_tables(record: Record, folder: Path) -> None:
     """Write the record and both tables: milliseconds, where the figure takes a second."""
     write_record(folder, dict(record))

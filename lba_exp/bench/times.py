@@ -14,14 +14,14 @@ from rich.text import Text
 from lba_exp.bench import steps, steps_report
 from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio
 from lba_exp.bench.step_settings import StepSettings
-from lba_exp.bench.steps import Step
 from lba_exp.bench.time_settings import paper_time
 from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.paper import SOURCE
 from lba_exp.results.screen import binary_size
 
 COLUMNS = ("size", "model", "attention", "parameters", "step", "x softmax", "paper", "peak memory", "x softmax's")
-TORCHS, KERNELS, PLAIN = "torch's", "our kernels", "our implementation"
+TORCHS, OURS, THEIRS = "torch's", "ours", "our implementation"
+PUBLISHED = ("hydra", "vim")  # kinds of mixers whose paper's times are those of their authors' implementations
 
 Record = Mapping[str, Any]
 
@@ -37,32 +37,23 @@ def measure(
     Arguments as of ``time_settings`` and ``steps.measure``.
     """
     for size, models in configurations.items():
-        kinds: dict[str, str] = {}
-
-        def see(cells: list[dict[str, Any]], measured: dict[str, Step], kinds: dict[str, str] = kinds) -> None:
-            kinds |= {name: _attention(step) for name, step in measured.items()}
-
-        cells = steps.measure(models, settings[size], device, lambda text, done, size=size: tell(text and f"{size}, {text}", done), see)
+        cells = steps.measure(models, settings[size], device, lambda text, done, size=size: tell(text and f"{size}, {text}", done))
         for cell in cells:
-            cell |= {"size": size, "paper": paper_time(size, cell["model"]), "attention": kinds.get(cell["model"])}
+            attention = _attention(models[cell["model"]].model.mixer.kind)
+            cell |= {"size": size, "paper": paper_time(size, cell["model"]), "attention": attention}
         yield cells
 
 
-def _attention(step: Step) -> str:
-    """Whose the mixers are, and whether they run in kernels of their own."""
-    if not step.model.forms:
-        return TORCHS
-    return KERNELS if "fused" in step.model.forms and step.model.form in ("auto", "fused") else PLAIN
+def _attention(kind: str) -> str:
+    """Whose the mixers of a kind are."""
+    return TORCHS if kind == "softmax" else THEIRS if kind in PUBLISHED else OURS
 
 
-def write(record: Record, folder: Path) -> None:
-    """Write every file of a benchmark into a folder that exists."""
+def write_tables(record: Record, folder: Path) -> None:
+    """Write the record and both tables into a folder that exists."""
     write_record(folder, dict(record))
     write_atomically(folder / "table.md", markdown(record))
     write_atomically(folder / "table.csv", steps_report.comma_separated(record))
-
-
-write_tables = write
 
 
 def show(record: Record) -> None:
@@ -77,7 +68,7 @@ def show(record: Record) -> None:
 
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """A model's line of the table, as COLUMNS; one that was not measured says so in place of its time."""
-    first = (cell["size"], cell["model"], cell["attention"] or "", "" if cell["parameters"] is None else f"{cell['parameters']:,}")
+    first = (cell["size"], cell["model"], cell["attention"], "" if cell["parameters"] is None else f"{cell['parameters']:,}")
     if cell["status"] != "measured":
         return (*first, cell["status"], "", ratio(cell["paper"]), "", "")
     return (
@@ -98,8 +89,9 @@ def title(record: Record) -> str:
 def notes(record: Record) -> list[str]:
     """What the columns mean."""
     return [
-        f"attention: {TORCHS} scaled_dot_product_attention; {KERNELS}, on a GPU; {PLAIN} in PyTorch's operations, where a mixer has no "
-        "kernels on this device or the form that was asked for uses none. Every mixer stands in the same blocks.",
+        f"attention: {TORCHS}: scaled_dot_product_attention; {OURS}: in the form that the settings name (auto: kernels, on a GPU); "
+        f"{THEIRS}: of a published mixer, whose time in the paper is that of its authors' code, so that ours beside it says nothing of the "
+        "speed of the method. Every mixer stands in the same blocks.",
         f"paper: training time over DeiT's ({SOURCE}, ImageNet-1K), its Hydra and Vim in their authors' implementations.",
         *steps_report.notes(record),
     ]

@@ -4,6 +4,7 @@ lba-bench operator --lengths 1024,4096,16384 --decays selective --output bench/o
 lba-bench steps softmax lion_lit lion_d lion_s --resolution 224 --batch 128 --output bench/steps
 lba-bench model softmax lion_s --resolutions 224,448,896 --tokens 50000 --output bench/model
 lba-bench times --output bench/times
+lba-bench figures bench/model
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lba_exp.bench.drawing import OPERATOR
 from lba_exp.bench.settings import DTYPES, Settings, one, positive, read, whole
 from lba_exp.commands import bench_options
-from lba_exp.commands.bench_models import model, times
+from lba_exp.commands.bench_models import figures, model, times
 from lba_exp.commands.bench_running import COMMAND, begin, fill, make, new_folder, progress, tell_failures
 from lba_exp.commands.common import fail
 from lba_exp.errors import UserError
@@ -140,7 +142,7 @@ def _run(bench: Any, settings: Settings, forms: tuple[str, ...], device: Any, fo
     from lba_exp.bench.exact import ROWS
     from lba_exp.bench.growth import crossovers, growth
 
-    record = begin("operator benchmark", command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
+    record = begin(OPERATOR, command, bench, device, asdict(settings) | {"forms": list(forms)}) | {"judged_rows": ROWS}
     cells = record["cells"]
     number = sum(map(len, bench.grid(settings))) * len(settings.passes) * len(bench.contenders_of(settings, forms))
 
@@ -156,6 +158,7 @@ RUNS = {
     "steps": steps,
     "model": model,
     "times": times,
+    "figures": figures,
     "sequence": sequence,
     "tune": tune,
 }

@@ -82,6 +82,7 @@ def make(command: str, description: str, runs: Mapping[str, Callable]) -> argpar
     )
     _model(benches, runs["model"])
     _times(benches, runs["times"])
+    _figures(benches, runs["figures"])
     fourth = benches.add_parser(
         "sequence",
         help="one long sequence over several GPUs against one GPU with its share of the tokens",
@@ -140,6 +141,11 @@ def _model(benches: argparse._SubParsersAction, run: Callable) -> None:
     parser.add_argument("--dtype", default="float32", help=f"of weights and activations: {', '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--compile", default="off", help=f"{', '.join(MODEL_COMPILES)} (%(default)s)")
     parser.add_argument("--memory-budget-gib", help="skip a form whose operator is estimated to need more (CPU: half of all; CUDA: none)")
+    parser.add_argument(
+        "--cell-seconds",
+        metavar="S",
+        help="a form that would take longer at a size, all its passes together, is left after two blocks: an estimate of its time (none)",
+    )
     _timing_options(parser, "1")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md, table.csv and figures")
 
@@ -157,6 +163,18 @@ def _times(benches: argparse._SubParsersAction, run: Callable) -> None:
     parser.add_argument("--sizes", default=",".join(TABLES), help="comma-separated entries of conf/size (%(default)s)")
     _training_options(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for result.json, table.md and table.csv")
+
+
+def _figures(benches: argparse._SubParsersAction, run: Callable) -> None:
+    parser = benches.add_parser(
+        "figures",
+        help="draw the figures of lba-bench model or operator again, from the record in their folder",
+        description="Draws the figures of a folder that lba-bench model or operator wrote, from its result.json, in place of those there: "
+        "for a benchmark that ran where matplotlib is not installed.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a result.json")
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:

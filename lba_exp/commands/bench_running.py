@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lba_exp.commands.common import fail
-from lba_exp.errors import RunFolderError
+from lba_exp.errors import RunFolderError, UserError
 from lba_exp.stopping import number_of, stopped_by_signals, stopper
 
 COMMAND = "lba-bench"
@@ -63,7 +63,7 @@ def fill(
         number: of cells in all.
         measure: given ``tell``, yields some cells at a time.
         finish: what the record holds beside its cells, made from them.
-        report: a module with ``write_tables``, ``write`` (at the end) and ``show``.
+        report: a module with ``write_tables`` and ``show``.
         folder: None: nothing is written.
         key: of a cell, names it where it failed.
     """
@@ -84,14 +84,30 @@ def fill(
     finally:
         record.update(finish())
         if folder is not None:  # before the screen, which may be a pipe that is closed
-            report.write(record, folder)
+            report.write_tables(record, folder)
+            missing = _draw(record, folder)
         report.show(record)
         if folder is not None:
             print(f"written to {folder}")
+            if missing is not None:
+                fail(COMMAND, missing)
     if stopped is not None:
         fail(COMMAND, f"stopped by {stopper(stopped)} after {len(cells)} of {number} cells.")
         return 128 + stopped
     return tell_failures(cells, key, number)
+
+
+def _draw(record: Mapping[str, Any], folder: Path) -> str | None:
+    """Draws the figures of a benchmark that has some; or why there are none."""
+    from lba_exp.bench import drawing
+
+    if record["kind"] not in (drawing.OPERATOR, drawing.MODEL):
+        return None
+    try:
+        drawing.save(record, folder)
+    except UserError as error:
+        return f"{error} {COMMAND} figures {folder} draws them."
+    return None
 
 
 def tell_failures(cells: list[dict[str, Any]], key: str, number: int) -> int:

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Models in inference, and training times beside the paper's, on one GPU: bash experiments/gpu_inference.sh FOLDER [PART ...]
+# Parts, all of them where none is named, each a folder below FOLDER (one that is there is left out):
+#   checks       do the forms agree on this device? float32; printed, checks.txt
+#   resolutions  memory and time against resolution (the paper's figures 3 and 10)
+#   chunk_size   the size of a chunk (figure 4)
+#   lengths      three forms, memory against time; memory against length; the line through the recurrent form's (figures 1, 9 right)
+#   times        training steps of the paper's three sizes over softmax attention's, beside the paper's column
+# PYTHON=... chooses the interpreter. A part that takes longer than LIMIT seconds (240) is stopped and keeps what it has measured; a form that
+# takes longer than 10 seconds at a size is left, with an estimate of its time. A few hundred KiB in all. Where matplotlib is not installed,
+# `lba-bench figures FOLDER/PART` draws the figures later. DEVICE=cpu SMALL=1 tries the script, and measures nothing worth keeping.
+set -euo pipefail
+folder=${1:?give a folder for the tables}
+parts=${*:2}
+parts=${parts:-checks resolutions chunk_size lengths times}
+device=${DEVICE:-cuda}
+limit=${LIMIT:-240}
+bench=("${PYTHON:-python}" -m lba_exp.commands.bench)
+if [ -n "${SMALL:-}" ]; then
+    checks=(--presets softmax,lion_s,hydra model.width=16 model.heads=2 model.depth=1)
+    images=(size=vit_tiny model.width=32 model.heads=2 model.depth=2 model.patch_size=8)
+    sequences=(model.width=32 model.heads=2 model.depth=3)
+    resolutions=32,64,128 middle=128 batch=2 chunks=8,16,32,64 lengths=512,768,1024
+    options=(--repeats 1 --seconds 0.05 --cell-seconds 4)
+    training=(model.width=16 model.heads=2 model.depth=1 model.patch_size=8 --resolution 32 --batch 2 --repeats 1 --seconds 0.05)
+else
+    checks=(--presets softmax,lion_lit,lion_d,lion_s,lion_s_multiscan,hydra,vim)
+    images=(size=vit_tiny)
+    sequences=(model.width=192 model.heads=3 model.depth=12 model.mlp_ratio=4)
+    resolutions=224,448,896,1248,2496 middle=1248 batch=64 chunks=16,32,64,128,256,512,1024
+    lengths=256,512,1024,2048,4096,8192,16384,32768,65536
+    options=(--dtype bfloat16 --repeats 1 --seconds 0.5 --cell-seconds 10)
+    training=(--repeats 3 --seconds 1)
+fi
+failed=0
+
+run() {  # name of the folder, then the benchmark
+    if [ -e "$folder/$1/table.md" ]; then
+        echo "$folder/$1 is there already"
+        return
+    fi
+    echo "== $1, after $SECONDS s"
+    # SIGTERM: what was measured is written
+    timeout --kill-after=30 "$limit" "${bench[@]}" "${@:2}" --device "$device" --output "$folder/$1" || failed=1
+}
+
+for part in $parts; do
+    case $part in
+    checks)
+        mkdir -p "$folder"
+        timeout "$limit" "${bench[@]}" presets "${checks[@]}" --device "$device" | tee "$folder/checks.txt" || failed=1
+        ;;
+    resolutions)
+        run resolutions model softmax "lion_s model.mixer.form=parallel" "lion_s model.mixer.form=recurrent" \
+            "lion_s model.mixer.form=chunkwise" "lion_s model.mixer.form=fused" "hydra model.mixer.form=fused" "vim model.mixer.form=fused" \
+            "${images[@]}" --resolutions "$resolutions" --batch "$batch" "${options[@]}"
+        ;;
+    chunk_size)
+        run chunk_size model lion_s "${images[@]}" --forms chunkwise,recurrent,fused --resolutions "$middle" --batch "$batch" \
+            --chunk-sizes "$chunks" "${options[@]}"
+        ;;
+    lengths)
+        run lengths model softmax lion_lit lion_s "${sequences[@]}" --lengths "$lengths" --batch 1 "${options[@]}"
+        ;;
+    times)
+        run times times "${training[@]}" --compile off
+        ;;
+    *)
+        echo "$part is no part: checks, resolutions, chunk_size, lengths, times" >&2
+        exit 1
+        ;;
+    esac
+done
+
+echo "== short tables, after $SECONDS s"
+for part in $parts; do
+    if [ -e "$folder/$part/table.md" ]; then
+        echo "# $part"
+        sed -n '/^## /,$p' "$folder/$part/table.md" | sed '/^## Every cell/,$d' | grep -E '^(#|\|)' | grep -v '^| ---' || failed=1
+    fi
+done
+exit "$failed"
