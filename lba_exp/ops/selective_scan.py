@@ -48,6 +48,12 @@ def _check(
             raise ValueError(f"{name}: expected {wanted}, got {tensor.detach()[wrong][0].item():g}")
 
 
+def _fastest(device: torch.device, dtype: torch.dtype, state: int) -> str:
+    if device.type == "cuda":
+        return "fused" if selective_scan_obstacle(device, dtype, state) is None else "chunkwise"
+    return "recurrent" if device.type == "cpu" and not torch.compiler.is_compiling() else "chunkwise"
+
+
 def selective_scan(
     x: Tensor,
     delta: Tensor,
@@ -72,8 +78,9 @@ def selective_scan(
         padding at either end equals cutting it off.
     form: "parallel", "recurrent" and "chunkwise" are those of ``bidirectional_linear_attention`` with D heads, keys b of N features, values
         delta x of one, and a decay per key channel; "fused" is a kernel for GPUs that never writes the states of all tokens to memory:
-        float32 and half precision, N a power of two up to 64; "auto": "fused" on CUDA where it can run, "chunkwise" elsewhere. All give
-        the same results, computed in float32, in float64 where one of the inputs is. "parallel" alone has derivatives beyond the first.
+        float32 and half precision, N a power of two up to 64; "auto": on CUDA "fused" where it can run, else "chunkwise"; on a CPU
+        "recurrent", or "chunkwise" in a graph that is compiled, where a loop over tokens would be unrolled. All give the same results,
+        computed in float32, in float64 where one of the inputs is. "parallel" alone has derivatives beyond the first.
     chunk_size: tokens a chunk in the chunkwise form; not a part of the result.
 
     Times on one CPU core, D = 96, N = 16, float32, forward / with backward, ms::
@@ -84,8 +91,8 @@ def selective_scan(
         8, 200                36 / 166      158 / 723      190 / 813     228 / 889     277 / 1,123
         1, 1000               29 / 161      117 / 528      111 / 455     127 / 615     158 / 706
 
-    Values of one number leave products of matrices nothing to gain on a CPU, so "recurrent" is the fastest there; on a GPU it would launch
-    kernels for every token. Both it and "chunkwise" are given the decays of all tokens, L D N numbers a sequence.
+    Values of one number leave products of matrices nothing to gain on a CPU; on a GPU "recurrent" would launch kernels for every token. It
+    and "chunkwise" are given the decays of all tokens, L D N numbers a sequence.
 
     Returns ``(B, L, D)`` in the dtype of x, without the skip D x of the published layer. Raises ValueError, naming the argument, for
     shapes, dtypes, devices and names that do not fit, and in eager mode on CPU for steps below 0 and rates above.
@@ -94,8 +101,7 @@ def selective_scan(
     dtype, channels = x.dtype, x.shape[2]
     wide = compute_dtype(x, delta, a, b, c)
     if form == "auto":
-        can_fuse = x.device.type == "cuda" and selective_scan_obstacle(x.device, wide, a.shape[1]) is None
-        form = "fused" if can_fuse else "chunkwise"
+        form = _fastest(x.device, wide, a.shape[1])
     with no_autocast(x.device):
         delta, a = delta.to(wide), a.to(wide)
         if form == "fused":

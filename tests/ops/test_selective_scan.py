@@ -42,9 +42,11 @@ def test_half_precision_beside_step_sizes_in_float32(form):
     assert max(found) < 1e-2, found
 
 
-def test_auto_is_the_chunkwise_form_without_a_gpu():
+def test_auto_without_a_gpu_is_the_recurrent_form_and_chunkwise_where_it_is_compiled():
     inputs = [x.float() for x in operands(2, 40, 3, 4)]
-    assert torch.equal(selective_scan(*inputs), selective_scan(*inputs, form="chunkwise"))
+    assert torch.equal(selective_scan(*inputs), selective_scan(*inputs, form="recurrent"))
+    compiled = torch.compile(selective_scan, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), selective_scan(*inputs, form="chunkwise"))
 
 
 def test_padding_at_either_end_is_cutting_it_off():
