@@ -6,15 +6,15 @@
 #   chunk_size   the size of a chunk (figure 4)
 #   lengths      three forms, memory against time; memory against length; the line through the recurrent form's (figures 1, 9 right)
 #   times        training steps of the paper's three sizes over softmax attention's, beside the paper's column
-# PYTHON=... chooses the interpreter. A part that takes longer than LIMIT seconds (240) is stopped and keeps what it has measured; a form that
-# takes longer than 10 seconds at a size is left, with an estimate of its time. A few hundred KiB in all. Where matplotlib is not installed,
-# `lba-bench figures FOLDER/PART` draws the figures later. DEVICE=cpu SMALL=1 tries the script, and measures nothing worth keeping.
+# PYTHON=... chooses the interpreter. After LIMIT seconds (440) the part that runs is stopped and keeps the sizes that it has measured; a form
+# that takes longer than 10 seconds at a size is left, with an estimate of its time. About a megabyte in all. Where matplotlib is not
+# installed, `lba-bench figures FOLDER/PART` draws the figures later. DEVICE=cpu SMALL=1 tries the script, and measures nothing worth keeping.
 set -euo pipefail
 folder=${1:?give a folder for the tables}
 parts=${*:2}
 parts=${parts:-checks resolutions chunk_size lengths times}
 device=${DEVICE:-cuda}
-limit=${LIMIT:-240}
+limit=${LIMIT:-440}
 bench=("${PYTHON:-python}" -m lba_exp.commands.bench)
 if [ -n "${SMALL:-}" ]; then
     checks=(--presets softmax,lion_s,hydra model.width=16 model.heads=2 model.depth=1)
@@ -34,6 +34,10 @@ else
 fi
 failed=0
 
+left() {  # seconds, at least 1: 0 would be no limit
+    echo "$((limit > SECONDS ? limit - SECONDS : 1))"
+}
+
 run() {  # name of the folder, then the benchmark
     if [ -e "$folder/$1/table.md" ]; then
         echo "$folder/$1 is there already"
@@ -41,14 +45,14 @@ run() {  # name of the folder, then the benchmark
     fi
     echo "== $1, after $SECONDS s"
     # SIGTERM: what was measured is written
-    timeout --kill-after=30 "$limit" "${bench[@]}" "${@:2}" --device "$device" --output "$folder/$1" || failed=1
+    timeout --kill-after=30 "$(left)" "${bench[@]}" "${@:2}" --device "$device" --output "$folder/$1" || failed=1
 }
 
 for part in $parts; do
     case $part in
     checks)
         mkdir -p "$folder"
-        timeout "$limit" "${bench[@]}" presets "${checks[@]}" --device "$device" | tee "$folder/checks.txt" || failed=1
+        timeout "$(left)" "${bench[@]}" presets "${checks[@]}" --device "$device" | tee "$folder/checks.txt" || failed=1
         ;;
     resolutions)
         run resolutions model softmax "lion_s model.mixer.form=parallel" "lion_s model.mixer.form=recurrent" \

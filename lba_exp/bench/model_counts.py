@@ -77,8 +77,8 @@ def read_counts(model: nn.Module, inputs: Tensor) -> Counts:
 
     The latter is the larger of two places, both proportional to the width. At the mixer: the residual stream, its norm, the operator's
     operands (what shares memory once), its numerator and denominator, and the output. In the MLP: the stream, its norm, the hidden layer
-    before and after its activation. Not counted are states, scores, and further copies that a mixer makes (gates of its output,
-    convolutions, other projections).
+    before and after its activation. Not counted are states, scores, further copies that a mixer makes (gates of its output, convolutions,
+    other projections), and what the callers still refer to: the inputs of the block and of the first one.
     """
     calls: list[Call] = []
     places = [0.0]
