@@ -185,8 +185,8 @@ def notes(record: Record) -> list[str]:
             f"memory of the recurrent form: least squares of what the pass adds against B L, from L = {SHORTEST} on. Predicted, a count "
             "that is proportional to the width: the larger of what a block must hold for a token at the mixer (residual stream, its norm, "
             "the operator's operands, numerator, denominator, output) and in the MLP (stream, norm, hidden layer before and after its "
-            "activation); the inputs of the block and of the first one, still referred to, come on top. State: numbers a sequence, the same "
-            "at every size."
+            "activation); the inputs of the block and of the first one, still referred to, come on top. State: numbers a sequence, the "
+            "same at every size."
         )
     return found
 

@@ -16,6 +16,7 @@ from lba_exp.commands import bench as command
 from lba_exp.ops import api, recurrent
 
 TINY = ["model.width=8", "model.depth=2", "model.heads=2"]
+SHALLOW = ["model.width=8", "model.depth=1", "model.heads=2"]
 OPTIONS = ["--device=cpu", "--threads=1", "--repeats=1", "--seconds=0.005", "--classes=5"]
 
 
@@ -117,10 +118,10 @@ def test_recurrent_memory_is_a_line_as_steep_as_predicted(monkeypatch):
 
     def hoarding(state, *args):  # keeps what it may forget
         true(state, *args)
-        kept.append(state.repeat(64, 1, 1))
+        kept.append(state.repeat(256, 1, 1))
 
     monkeypatch.setattr(recurrent, "advance", hoarding)
-    run("lion_s", *TINY, lengths, "--forms=recurrent", "--output=more")
+    run("lion_s", *SHALLOW, lengths, "--forms=recurrent", "--output=more")
     assert record("more")["fits"][0]["over_predicted"] > 1.2
 
 
@@ -158,13 +159,6 @@ def bench_call():
     from lba_exp.bench.model_counts import Call
 
     return Call(8, 2, 4, 4, 2, True, True)
-
-
-def test_what_the_estimate_forbids_is_skipped():
-    run("lion_d", *TINY, "--lengths=8,1024", "--memory-budget-gib=0.02", "--forms=parallel,chunkwise", "--output=out")
-    found = cells()
-    assert [c["status"] for c in found.values()] == ["measured", "measured", "skipped", "measured"]
-    assert found["lion_d", "parallel", None, 1024]["reason"].startswith("needs an estimated 0.0") and record()["status"] == "finished"
 
 
 def test_a_form_that_breaks_is_told(monkeypatch, capsys):
@@ -208,26 +202,27 @@ def test_a_cell_over_its_limit_is_left_and_estimated(monkeypatch, capsys):
 
     def slow(q, *args, **options):
         passes.append(q.shape[1])
-        time.sleep(1e-3 * q.shape[1])
+        time.sleep(2e-3 * q.shape[1])
         return true(q, *args, **options)
 
-    layers = ["model.width=8", "model.depth=8", "model.heads=2"]
-    run("lion_d", *layers, "--lengths=48,64", "--forms=recurrent", "--output=free")
+    layers = ["model.width=8", "model.depth=6", "model.heads=2"]
+    run("lion_d", *layers, "--lengths=24,32", "--forms=recurrent", "--output=free")
     monkeypatch.setitem(api._IMPLEMENTATIONS, "recurrent", slow)
-    sizes = ("--lengths=48,64,512", "--cell-seconds=0.8", "--forms=parallel,recurrent", "--memory-budget-gib=0.005", "--output=out")
+    sizes = ("--lengths=24,32,256", "--cell-seconds=0.8", "--forms=parallel,recurrent", "--memory-budget-gib=0.002", "--output=out")
     run("lion_d", *layers, *sizes)
     found, free = cells(), cells("free")
-    assert [found["lion_d", "parallel", None, length]["status"] for length in (48, 64, 512)] == ["measured", "measured", "skipped"]
-    for length in (48, 64):
+    assert [found["lion_d", "parallel", None, length]["status"] for length in (24, 32, 256)] == ["measured", "measured", "skipped"]
+    assert found["lion_d", "parallel", None, 256]["reason"].startswith("needs an estimated 0.00")
+    for length in (24, 32):
         c, whole = found["lion_d", "recurrent", None, length], free["lion_d", "recurrent", None, length]
-        assert c["status"] == pace.OVER and c["median_ms"] is c["tokens_per_second"] is None and "2 of 8 blocks" in c["reason"]
-        assert 8 * length <= c["estimated_ms"] < 3 * 8 * length
+        assert c["status"] == pace.OVER and c["median_ms"] is c["tokens_per_second"] is None and "2 of 6 blocks" in c["reason"]
+        assert 6 * 2 * length <= c["estimated_ms"] < 3 * 6 * 2 * length
         assert c["forward_bytes"] == pytest.approx(whole["forward_bytes"], rel=0.01) and c["operator_flops"] == whole["operator_flops"]
-    last = found["lion_d", "recurrent", None, 512]
-    assert (last["status"], last["estimated_ms"], last["peak_bytes"]) == (pace.OVER, None, None) and "64 tokens took too long" in last[
+    last = found["lion_d", "recurrent", None, 256]
+    assert (last["status"], last["estimated_ms"], last["peak_bytes"]) == (pace.OVER, None, None) and "32 tokens took too long" in last[
         "reason"
     ]
-    assert max(passes) == 64 and len(passes) == 2 * pace.PACED_BLOCKS
+    assert max(passes) == 32 and len(passes) == 2 * pace.PACED_BLOCKS
     for text in (capsys.readouterr().out, Path("out/table.md").read_text()):
         assert "about " in text and "over the limit" in text and "would have taken more than 0.8 s" in text
     run("lion_d", *TINY, "--lengths=8", "--forms=parallel,recurrent", "--cell-seconds=60", "--output=enough")
@@ -266,11 +261,9 @@ def test_stopped(monkeypatch, capsys, number, who, code):
         (["lion_s", "--batch=2", "--tokens=64"], "--tokens and --batch exclude each other"),
         (["lion_s", "--resolutions=30"], "--resolutions 30 is no multiple of model.patch_size=16."),
         (["lion_s", "--lengths=0"], "--lengths 0 does not fit: give whole numbers >= 1, such as 1024,4096."),
-        (["lion_s", "--chunk-sizes=x"], "--chunk-sizes x does not fit"),
         (["lion_s", "--cell-seconds=0"], "--cell-seconds 0 does not fit: give a number above 0."),
         (["lion_s", "--cell-seconds=9", "--compile=graphs"], "--cell-seconds leaves a pass between two blocks"),
         (["lion_s", "--compile=blocks"], "--compile: 'blocks' is not what is compiled. Valid: off, model, graphs."),
-        (["lion_s", "--dtype=int8"], "--dtype: 'int8' is not a dtype"),
         (["lion_s", "model.heads=7"], "model.heads"),
     ],
 )
