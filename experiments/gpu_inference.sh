@@ -5,7 +5,9 @@
 #   resolutions  memory and time against resolution (the paper's figures 3 and 10)
 #   chunk_size   the size of a chunk (figure 4)
 #   lengths      three forms, memory against time; memory against length; the line through the recurrent form's (figures 1, 9 right)
-#   times        training steps of the paper's three sizes over softmax attention's, beside the paper's column
+#   times        training steps of the paper's three sizes over softmax attention's, beside the paper's column: a folder a size. Blocks are
+#                compiled, by processes side by side first, whose graphs torch keeps on the disk; a size halves the images as it doubles the
+#                width, so that the device has work for longer than the host
 # PYTHON=... chooses the interpreter. After LIMIT seconds (440) the part that runs is stopped and keeps the sizes that it has measured; a form
 # that takes longer than 10 seconds at a size is left, with an estimate of its time. About a megabyte in all. Where matplotlib is not
 # installed, `lba-bench figures FOLDER/PART` draws the figures later. DEVICE=cpu SMALL=1 tries the script, and measures nothing worth keeping.
@@ -22,7 +24,8 @@ if [ -n "${SMALL:-}" ]; then
     sequences=(model.width=32 model.heads=2 model.depth=3)
     resolutions=32,64,128 middle=128 batch=2 chunks=8,16,32,64 lengths=512,768,1024
     options=(--repeats 1 --seconds 0.05 --cell-seconds 4)
-    training=(model.width=16 model.heads=2 model.depth=1 model.patch_size=8 --resolution 32 --batch 2 --repeats 1 --seconds 0.05)
+    training=(model.width=16 model.heads=2 model.depth=1 model.patch_size=8 --resolution 32 --compile off)
+    turns=(--repeats 1 --seconds 0.05) sizes="vit_base:2 vit_tiny:2"
 else
     checks=(--presets softmax,lion_lit,lion_d,lion_s,lion_s_multiscan,hydra,vim)
     images=(size=vit_tiny)
@@ -30,7 +33,8 @@ else
     resolutions=224,448,896,1248,2496 middle=1248 batch=64 chunks=16,32,64,128,256,512,1024
     lengths=256,512,1024,2048,4096,8192,16384,32768,65536
     options=(--dtype bfloat16 --repeats 1 --seconds 0.5 --cell-seconds 10)
-    training=(--repeats 3 --seconds 1)
+    training=(--compile blocks)
+    turns=(--repeats 3 --seconds 1) sizes="vit_base:128 vit_tiny:512 vit_small:256"
 fi
 failed=0
 
@@ -67,7 +71,18 @@ for part in $parts; do
         run lengths model softmax lion_lit lion_s "${sequences[@]}" --lengths "$lengths" --batch 1 "${options[@]}"
         ;;
     times)
-        run times times "${training[@]}" --compile off
+        for entry in $sizes; do
+            size=${entry%:*} batch=${entry#*:}
+            if [ -z "${SMALL:-}" ] && [ ! -e "$folder/times_$size/table.md" ]; then
+                mkdir -p "$folder/compiling"
+                for model in softmax lion_lit lion_d lion_d_multiscan lion_s lion_s_multiscan "hydra model.mlp_ratio=3" "vim model.mlp_ratio=3"; do
+                    timeout "$(left)" "${bench[@]}" steps "$model" "size=$size" "${training[@]}" --batch "$batch" --repeats 1 --seconds 0.1 \
+                        --device "$device" >"$folder/compiling/${size}_${model%% *}.txt" 2>&1 &
+                done
+                wait
+            fi
+            run "times_$size" times --sizes "$size" "${training[@]}" "${turns[@]}" --batch "$batch"
+        done
         ;;
     *)
         echo "$part is no part: checks, resolutions, chunk_size, lengths, times" >&2
@@ -77,10 +92,10 @@ for part in $parts; do
 done
 
 echo "== short tables, after $SECONDS s"
-for part in $parts; do
-    if [ -e "$folder/$part/table.md" ]; then
-        echo "# $part"
-        sed -n '/^## /,$p' "$folder/$part/table.md" | sed '/^## Every cell/,$d' | grep -E '^(#|\|)' | grep -v '^| ---' || failed=1
+for table in "$folder"/*/table.md; do
+    if [ -e "$table" ]; then
+        echo "# $table"
+        sed -n '/^## /,$p' "$table" | sed '/^## Every cell/,$d' | grep -E '^(#|\|)' | grep -v '^| ---' || failed=1
     fi
 done
 exit "$failed"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lba_exp.bench import model_settings, time_settings, times
+from lba_exp.bench import model_settings, step_settings, time_settings, times
 from lba_exp.commands import bench, bench_options
 
 TINY = ["model.width=8", "model.depth=1", "model.heads=2", "model.patch_size=4"]
@@ -97,7 +97,7 @@ def script(tmp_path, *arguments, **environment):
     """Runs the script with an interpreter that does nothing but write down its words and make the folder: what it was called with."""
     stub = tmp_path / "python"
     stub.write_text(
-        'printf "%q " "$@" >> calls\necho >> calls\n'
+        'line=$(printf "%q " "$@")\necho "$line" >> calls\n'
         'while [ $# -gt 0 ]; do [ "$1" != --output ] || { mkdir -p "$2"; echo "## a table" > "$2/table.md"; }; shift; done\n'
         'exit "${CODE:-0}"\n'
     )
@@ -114,8 +114,11 @@ def script(tmp_path, *arguments, **environment):
 def test_the_script_asks_for_what_there_is(tmp_path, small):
     done, calls = script(tmp_path, "out", SMALL=small, DEVICE="cpu")
     assert done.returncode == 0, done.stderr
-    assert [words[0] for words in calls] == ["presets", "model", "model", "model", "times"]
-    found = [bench_options.make("lba-bench", "", bench.RUNS).parse_args(words) for words in calls]
+    timed = [words for words in calls if words[0] != "steps"]
+    compiled = [words for words in calls if words[0] == "steps"]
+    assert [words[0] for words in timed] == ["presets", "model", "model", "model", *["times"] * (2 if small else 3)]
+    assert len(compiled) == (0 if small else 3 * len(time_settings.MODELS))
+    found = [bench_options.make("lba-bench", "", bench.RUNS).parse_args(words) for words in timed + compiled]
     assert {args.device for args in found} == {"cpu"}
     resolutions, chunks, lengths = (model_settings.read(vars(args)) for args in found[1:4])
     assert {s.cell_seconds is None for s in (resolutions, chunks, lengths)} == {False} and len(chunks.chunk_sizes) > 3
@@ -125,15 +128,20 @@ def test_the_script_asks_for_what_there_is(tmp_path, small):
             few = replace(settings, models=settings.models[-1:])
             (cfg,) = model_settings.configurations(few).values()
             assert (cfg.model.width, cfg.model.depth, cfg.model.heads, cfg.model.mlp_ratio) == (192, 12, 3, 4)
-        assert "--compile" in calls[-1] and time_settings.read(vars(found[-1])).keys() == {"vit_tiny", "vit_small", "vit_base"}
+        sizes = [time_settings.read(vars(args)) for args in found[4:7]]
+        assert {size for settings in sizes for size in settings} == {"vit_tiny", "vit_small", "vit_base"}
+        before = [step_settings.read(vars(args)) for args in found[7:]]  # what is compiled beforehand is what is timed
+        assert {(*s.models, s.overrides, s.batch, s.compile) for s in before} == {
+            (model, s.overrides, s.batch, s.compile) for settings in sizes for s in settings.values() for model in s.models
+        }
 
 
 def test_the_script_leaves_what_is_there_and_goes_on_after_a_failure(tmp_path):
     done, calls = script(tmp_path, "out", "lengths", "times", CODE="1")
-    assert done.returncode == 1 and [words[0] for words in calls] == ["model", "times"]
+    assert done.returncode == 1 and [words[0] for words in calls if words[0] != "steps"] == ["model", "times", "times", "times"]
     done, calls = script(tmp_path, "out", "times", "chunk_size")
-    assert done.returncode == 0 and [words[0] for words in calls] == ["model"] and "out/times is there already" in done.stdout
-    assert "# chunk_size\n## a table" in done.stdout
+    assert done.returncode == 0 and [words[0] for words in calls] == ["model"] and "out/times_vit_base is there already" in done.stdout
+    assert "# out/chunk_size/table.md\n## a table" in done.stdout
     wrong, calls = script(tmp_path, "out", "chunks")
     assert wrong.returncode == 1 and calls == []
     assert wrong.stderr.startswith("chunks is no part: checks, resolutions, chunk_size, lengths, times")
