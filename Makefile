@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
+ITEM ?=
 
-.PHONY: train test lint clean
+.PHONY: train test lint table reproduce clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/lba-train $(ARGS)
@@ -14,6 +15,13 @@ test: $(VENV)/.ready-test
 
 lint: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check .
+
+# A table of the paper's index (experiments/PAPER_INDEX.md) out of committed records, and its runs from scratch: make table ITEM=digits_small
+table: $(VENV)/.ready
+	@$(VENV)/bin/lba-item table "$(ITEM)"
+
+reproduce: $(VENV)/.ready
+	$(VENV)/bin/lba-item reproduce "$(ITEM)" $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

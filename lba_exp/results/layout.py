@@ -47,7 +47,7 @@ def lay_out(grid: Grid) -> Table:
                 columns.append(_comparisons(grid, col, metric, styles[metric]))
             if options.paper is not None and metric == options.metrics[0]:
                 columns.append(_published(grid, col))
-        if grid.baseline is not None:
+        if grid.baseline is not None and options.costs:
             columns += [_ratios(grid, col, TIME, "training time"), _ratios(grid, col, MEMORY, "training memory")]
     rows = [list(row) for row in zip(*(texts for _, texts in columns), strict=True)]
     marked = any(cell.mark for row in rows for cell in row)
@@ -152,7 +152,7 @@ def _notes(grid: Grid, counts: set[int], marked: bool) -> list[str]:
         notes.append("Runs without a result are counted in words" + ("." if options.better == "none" else "; their cells are not ranked."))
     if marked:
         notes.append("Bold: the best of a column; underlined: the second.")
-    if grid.baseline is not None:
+    if grid.baseline is not None and options.costs:
         notes.append(f"Training time (validation left out) and training memory are relative to {', '.join(grid.baseline)}.")
     if options.compare:
         least = min((c.pairs for row in grid.rows for col in grid.cols if (c := grid.comparison(row, col, options.metrics[0]))), default=0)

@@ -88,7 +88,7 @@ def grid_csv(grid: Grid) -> str:
     spreads = [] if options.spread == "none" else [options.spread]
     head = [*options.rows, *options.cols, "metric", "mean", *spreads, "n", "runs", *(s for s in STATUSES), "no_value"]
     head += ["paper", "unit_paper"] if options.paper is not None else []
-    head += ["relative_time", "relative_memory"] if grid.baseline is not None else []
+    head += ["relative_time", "relative_memory"] if grid.baseline is not None and options.costs else []
     head += ["difference", "p_t", "p_permutation", "pairs"] if options.compare else []
     writer.writerow(head)
     for (row, col, metric), cell in grid.cells.items():
@@ -97,7 +97,7 @@ def grid_csv(grid: Grid) -> str:
         line.append(cell.lacking["no value"])
         if options.paper is not None:
             line += options.paper.number(row, col) or (None, None) if metric == options.metrics[0] else (None, None)
-        if grid.baseline is not None:
+        if grid.baseline is not None and options.costs:
             line += [grid.relative(row, col, TIME), grid.relative(row, col, MEMORY)]
         if options.compare:
             c = grid.comparison(row, col, metric)

@@ -37,6 +37,7 @@ class TableOptions:
         baseline: the row that time and memory are relative to, by its label; None: no such columns.
         compare: test each row against the baseline, paired by seed.
         paper: the published numbers beside the first metric.
+        costs: with a baseline, time and memory relative to it.
     """
 
     rows: tuple[str, ...] = ("model",)
@@ -47,6 +48,7 @@ class TableOptions:
     baseline: str | None = None
     compare: bool = False
     paper: PaperTable | None = None
+    costs: bool = True
 
 
 @dataclass
@@ -210,7 +212,7 @@ def _remarks(grid: Grid, grouped: Mapping[tuple[Labels, Labels], list[Run]]) -> 
     cells = [cell for (_, _, metric), cell in grid.cells.items() if metric == grid.options.metrics[0]]
     if not differing and any(len({seed for seed, _ in cell.values}) < cell.n for cell in cells):
         remarks.append("Some cell holds several runs of one seed.")
-    costs = {TIME, MEMORY} if grid.baseline else {TIME, MEMORY} & set(grid.options.metrics)
+    costs = {TIME, MEMORY} if grid.baseline and grid.options.costs else {TIME, MEMORY} & set(grid.options.metrics)
     if costs:
         finished = [run for runs in grouped.values() for run in runs if run.status == FINISHED]
         machines = sorted({_machine(run) for run in finished})
