@@ -78,9 +78,9 @@ class ClassToken(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if self.sequence_ranks is not None and not self.sequence_ranks.first:
             return x + self.weight[:0].sum().to(x.dtype), padding_mask  # zero: the weight has a gradient on every rank
-        token = self.weight.to(x.dtype).expand(len(x), 1, -1)
+        token = self.weight.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would bind an exported model to one batch size
         if padding_mask is not None:
-            padding_mask = torch.cat([padding_mask.new_ones(len(x), 1), padding_mask], dim=1)
+            padding_mask = torch.cat([padding_mask.new_ones(x.shape[0], 1), padding_mask], dim=1)
         return torch.cat([token, x], dim=1), padding_mask
 
 

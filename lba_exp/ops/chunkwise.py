@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from lba_exp.ops.channels import decayed
 from lba_exp.ops.decays import LOWEST, add_steps, adjoint_sums, cumulative, empty_gradient, sums_inside
+from lba_exp.ops.exported import exported_chunkwise, power_of_two
 from lba_exp.ops.inside import inside_gradients, inside_scores, is_vector
 from lba_exp.ops.precision import compute_dtype, first_derivative
 from lba_exp.ops.scan import GROUP, rounded, scan_states
@@ -54,7 +55,7 @@ class Chunks:
         self.dtype = compute_dtype(q, k, v)
         self.size = chunk if chunk < self.length else self.length
         if vector:
-            self.size = 2 ** (self.size - 1).bit_length()
+            self.size = power_of_two(self.size)
         self.count = (self.length + self.size - 1) // self.size
         step = self.count
         if not torch.compiler.is_compiling():
@@ -227,4 +228,7 @@ def chunkwise(
 
     Arguments as in ``parallel``. With a decay per channel the chunk is rounded up to a power of two.
     """
+    if torch.compiler.is_exporting():  # the number of chunks is a symbol then
+        options = {"weight": weight, "directions": directions, "with_den": with_den, "chunk_size": chunk_size}
+        return exported_chunkwise(q, k, v, forward, backward, **options)
     return _Chunkwise.apply(q, k, v, forward, backward, weight, directions, with_den, chunk_size)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,11 +14,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def no_autocast(device: torch.device) -> torch.autocast:
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """The dtypes that the code asks for, whatever a caller's ``torch.autocast`` says."""
     # a device without autocast, such as meta, takes the CPU's, which it does not look at; torch 2.11 compiles no question about that
     known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type if known else "cpu", enabled=False)
+    kind = device.type if known else "cpu"
+    if torch.compiler.is_exporting() and not torch.is_autocast_enabled(kind):
+        return nullcontext()  # an exported graph would hold the region as a graph of its own
+    return torch.autocast(kind, enabled=False)
 
 
 def first_derivative(backward: Callable) -> Callable:

@@ -35,6 +35,15 @@ def scan_states(own: Tensor, log_total: Tensor | None, reverse: bool) -> Tensor:
     return own
 
 
+def border_decays(steps: Tensor, size: int, reverse: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The decays within groups of positions, from their log decays ``(..., size)``: what each position's own enters each of them with,
+    ``(..., size, size)``, and the whole group's end, ``(..., 1, size)``, and what enters the group enters them with, ``(..., size, 1)``."""
+    # to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
+    decays = between(pad(steps.flip(-1) if reverse else steps, (1, 0)), size + 1, dtype).tril().exp().tril()
+    inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
+    return (inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)) if reverse else (inner, whole, carry)
+
+
 def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
     """own ``(B, H, X, N, E)``, total ``(B or 1, H or 1, X, N)``: overwrites own with what enters each position, and returns it."""
     count = own.shape[3]
@@ -51,11 +60,7 @@ def _scan(own: Tensor, total: Tensor, reverse: bool) -> Tensor:
     sums, carries = [], []
     for first in range(0, groups, step):
         part, steps = grouped[:, :, :, first : first + step], total[:, :, :, first : first + step]
-        # decays to each of size + 1 borders, from the group's first border (column 0) and from the end of each position
-        decays = between(pad(steps.flip(-1) if reverse else steps, (1, 0)), size + 1, own.dtype).tril().exp().tril()
-        inner, whole, carry = decays[..., :size, 1:], decays[..., size:, 1:], decays[..., :size, :1]
-        if reverse:
-            inner, whole, carry = inner.flip(-2, -1), whole.flip(-1), carry.flip(-2)
+        inner, whole, carry = border_decays(steps, size, reverse, own.dtype)
         if groups > 1:
             sums.append((whole @ part)[..., 0, :])
             carries.append(carry.clone())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lba_exp.ops import checks
 from lba_exp.ops.decays import to_steps
+from lba_exp.ops.exported import exported_step
 from lba_exp.ops.precision import compute_dtype, no_autocast, no_forward_mode
 from lba_exp.ops.steps import Decay, advance
 
@@ -79,7 +80,8 @@ def stream(
     with no_autocast(q.device):
         if padding_mask is not None:
             q, k, v = (x.masked_fill(~padding_mask[:, :, None, None], 0) for x in (q, k, v))
-        return _advance(state, q, k, v, to_steps(log_decay), direction == "backward", float(diagonal_weight))
+        advance_by = exported_step if torch.compiler.is_exporting() else _advance
+        return advance_by(state, q, k, v, to_steps(log_decay), direction == "backward", float(diagonal_weight))
 
 
 # opaque to torch.compile, as the recurrent form is
