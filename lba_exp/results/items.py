@@ -17,7 +17,7 @@ import yaml
 
 from lba_exp.errors import UserError
 from lba_exp.messages import unknown
-from lba_exp.results.collect import FAILED, FINISHED, MISSING, Run
+from lba_exp.results.collect import ALIASES, FAILED, FINISHED, MISSING, Run
 from lba_exp.results.layout import Table, Text, lay_out
 from lba_exp.results.paper import PaperTable
 from lba_exp.results.quantities import is_share, lower_is_better, style
@@ -168,10 +168,10 @@ def item_grid(item: Item, runs: Sequence[Run]) -> Grid:
     """The numbers of an item's table; rows in the item's order, those without a run counted as missing."""
     runs = choose(item, runs)
     there = {run.label(item.row_key) for run in runs}
-    column = {item.cols: runs[0].label(item.cols)}
+    row_key, column = ALIASES.get(item.row_key, item.row_key), {ALIASES.get(item.cols, item.cols): runs[0].label(item.cols)}
     for row in item.rows:
         if row not in there:
-            runs += [Run("", {item.row_key: row, "seed": seed, **column}, status=MISSING) for seed in SEEDS]
+            runs += [Run("", {row_key: row, "seed": seed, **column}, status=MISSING) for seed in SEEDS]
     rows = (item.row_key, item.search_key) if item.search_key else (item.row_key,)
     finished = any(run.status == FINISHED for run in runs)
     metrics = (item.metric, "parameters") if finished else (item.metric,)
