@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     said += [f"{about['form']} form"] if about["form"] else []
     said += [f"{x['name']} {tuple(x['shape'])} {x['dtype']}".replace("'", "") for x in about.get("inputs", ())]
     print(", ".join(said))
-    if report["errors"]:
-        print(f"differs from the model by {max(report['errors'].values()):.1e} at most ({', '.join(report['errors'])})")
+    for name, error in report["errors"].items():
+        print(f"relative error against the model, {name}: {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 from lba_exp import registry
 from lba_exp.callbacks.checkpoints import BEST, load_checkpoint
 from lba_exp.convert.files import read_model
+from lba_exp.errors import UserError
 from lba_exp.evaluating import configuration
 from lba_exp.results.folder import read_record
 
@@ -34,7 +35,12 @@ def read(source: Any) -> tuple[nn.Module, dict[str, Any]]:
         cfg = configuration(folder)  # imports the run's plugins
         about |= _of_run(folder, cfg, load_checkpoint(checkpoint))
         path = checkpoint
-    return read_model(path), about
+    try:
+        return read_model(path), about
+    except UserError:
+        raise
+    except Exception as error:  # torch meets files of other kinds with errors of many kinds
+        raise UserError(f"{path} cannot be read as a model ({type(error).__name__}: {' '.join(str(error).split())}).") from error
 
 
 def _of_run(folder: Path, cfg: Any, content: dict[str, Any]) -> dict[str, Any]:
