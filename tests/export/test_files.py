@@ -52,6 +52,7 @@ SCANS = models.mixer("s", scan="multi", grid=[2, 3], class_token=True)
 TOWERS = {"kind": "two_towers", "channels": None, "vocabulary": 20}
 GROWING = models.mixer("s", gate="softplus_vector")
 BEFORE = models.mixer("s", direction="forward", scale="before")
+SYMMETRIC = models.mixer("symmetric", direction="forward", diagonal="once")
 LENGTHS = (1, 8, 64)  # a token, a chunk, as many as a masked LM has positions for
 
 
@@ -106,7 +107,7 @@ def test_a_file_gives_the_model_s_outputs_at_any_length(model, options, lengths)
         pytest.param(later(models.causal_lm, "d", positional_embedding=False), 4, id="LION-D, blocks", marks=slow),
         pytest.param(later(models.causal_lm, "lit"), 1, id="LION-LIT", marks=slow),
         pytest.param(later(models.causal_lm, "s", norm_position="post"), 4, id="LION-S, blocks", marks=slow),
-        pytest.param(later(models.causal_lm, "symmetric"), 3, id="symmetric", marks=slow),
+        pytest.param(later(models.causal_lm, "symmetric", mixer=SYMMETRIC), 3, id="symmetric", marks=slow),
         pytest.param(later(models.causal_lm, "gla"), 3, id="GLA", marks=slow),
         pytest.param(later(models.causal_lm, "retnet"), 1, id="RetNet", marks=slow),
         pytest.param(later(models.causal_lm, "hgrn2"), 2, id="HGRN-2", marks=slow),
