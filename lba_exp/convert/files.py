@@ -121,7 +121,6 @@ def _file(source: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -130,10 +129,11 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, LookupError, EOFError):  # what bytes of another kind make of the unpickler
         raise WeightsError(f"{path} holds more than tensors and plain values, or is no file of torch's: it is not opened.") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read ({str(error).splitlines()[0].rstrip('.')}).") from None
+    except Exception as error:  # torch meets files of other kinds with errors of many kinds
+        said = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise WeightsError(f"{path} cannot be read ({said}).") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}: expected a state dict.")
     return content

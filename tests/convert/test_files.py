@@ -127,6 +127,8 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, mlm_file, capsys)
     torch.save([1], tmp_path / "list.pt")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "text.pt").write_text("a text: torch's unpickler pops from an empty list")
+    (tmp_path / "empty.pt").touch()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("x")
     torch.save(published.vision("S"), tmp_path / "vit.pt")
@@ -139,6 +141,8 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, mlm_file, capsys)
         ((tmp_path / "list.pt", out), "holds a list: expected a state dict"),
         ((tmp_path / "other.safetensors", out), "no weights in a published naming"),
         ((tmp_path / "text.safetensors", out), "cannot be read"),
+        ((tmp_path / "text.pt", out), "no file of torch's"),
+        ((tmp_path / "empty.pt", out), "no file of torch's"),
         ((mlm_file, tmp_path / "taken"), "exists already"),
         ((mlm_file, tmp_path / "out.bin", "--to", "published"), "ends in .safetensors"),
         ((bare, out), "num_heads is needed"),
