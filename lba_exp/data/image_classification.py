@@ -137,8 +137,9 @@ class ImageClassification(SplitData):
             if self.size is None:
                 found.shape = images["train"].shape  # so that a split of another size is noticed too
         self._images = decode_mixed(images, MEMORY_LIMIT, show=self.trainer is None or self.trainer.is_global_zero) or images
-        stacked = self._images is not images and all(x.shape[:2] == shape for found in self._images.values() for x in found)
-        if stacked := stacked and self.eval_resize in (None, min(shape)):
+        as_they_are = self._images is not images and self.eval_resize in (None, min(shape))
+        stacked = as_they_are and all(x.shape[:2] == shape for found in self._images.values() for x in found)
+        if stacked:
             self._images = {split: np.stack(found) for split, found in self._images.items()}
         cut = cut_splits(labels, **self.fractions, seed=self.split_seed)
         mean, deviation = self._statistics(*cut["train"])
@@ -198,10 +199,8 @@ class ImageClassification(SplitData):
         samples = self._split("train")
         if self.augmentation is None:
             return samples
-        if isinstance(samples, Stacked):
-            if StackedCrops.fits(self.augmentation):
-                return StackedCrops(samples, self.augmentation)
-            samples = Pictures(samples.images, samples.labels, samples.rows)
+        if isinstance(samples, Stacked) and StackedCrops.fits(self.augmentation):
+            return StackedCrops(samples, self.augmentation)
         transform = training_transform(self.augmentation, self._spec.grid, self.eval_resize, self.mean, self.deviation)
         return AugmentedPictures(samples, transform)
 
@@ -243,7 +242,7 @@ class Pictures:
 class AugmentedPictures:
     """Samples of a split through a random transform; the loader has a generator for each sample, copy of it, and epoch."""
 
-    def __init__(self, samples: Pictures, transform: Any):
+    def __init__(self, samples: Pictures | Stacked, transform: Any):
         self.samples, self.transform = samples, transform
         self._last: tuple[int, Any] = (-1, None)  # repeated augmentation asks for an image several times in a row: decoded once
 

@@ -37,6 +37,9 @@ class Stacked:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return single(self.batch([index]))
+
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The samples at ``indices``."""
         return self.look_up(self.images[self.rows[indices]], indices)
@@ -69,6 +72,9 @@ class StackedCrops:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+        return single(self.draw_batch([index], [rng]))
+
     def draw_batch(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
         """The samples at ``indices``, each by draws from its own of ``rngs``."""
         pixels = self.samples.images[self.samples.rows[indices]]
@@ -94,6 +100,11 @@ class StackedCrops:
         columns = np.where(flip[:, None], np.arange(width)[::-1], np.arange(width)) + right[:, None]
         rows = np.arange(height) + down[:, None]
         return pixels[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def single(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The only sample of a batch: (float32 (channels, height, width), label)."""
+    return batch["inputs"][0], int(batch["labels"][0])
 
 
 def erase_box(image: np.ndarray, rng: np.random.Generator) -> None:

@@ -9,8 +9,11 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from lba_exp.config_parts import AugmentationSchema
 from lba_exp.data.augmentation import evaluation_transform
+from lba_exp.data.image_classification import ImageClassification
 from lba_exp.data.loader import ResumableLoader
+from lba_exp.data.sheet import draw_augmented
 from lba_exp.data.stacked import Stacked, StackedCrops, erase_box
 
 RECIPE = {"crop": "padded", "crop_padding": 2, "flip": 0.5, "erasing": 0.25, "rand_augment": False, "colour_jitter": 0.0}
@@ -116,6 +119,23 @@ def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone(workers):
     one, other, later = epoch(7, 1), epoch(4, 1), epoch(7, 2)
     assert all(torch.equal(one[sample], other[sample]) for sample in range(30))
     assert sum(torch.equal(one[sample], later[sample]) for sample in range(30)) < 5
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, RECIPE | {"rand_augment": True}], ids=["crops", "torchvision"])
+def test_a_sheet_shows_what_training_gets(recipe, tmp_path):
+    module = ImageClassification(channels=1, augmentation=vars(AugmentationSchema()) | recipe, batch_size=2_000, seed=5)
+    module.setup()
+    loader = module.train_dataloader()
+    loader.set_epoch(1)
+    (batch,) = loader
+    samples = loader.dataset
+    for place, index in enumerate(loader.order.batches(1)[0][:20]):
+        image, label = samples.draw(int(index), np.random.default_rng([5, 1, int(index)]))
+        assert torch.equal(image, batch["inputs"][place]) and label == batch["labels"][place]
+    plain = module._split("train")
+    assert isinstance(plain, Stacked) and torch.equal(samples.samples[7][0], plain.batch([7])["inputs"][0])
+    draw_augmented(module, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 500
 
 
 def test_recipes_that_are_left_to_torchvision():
