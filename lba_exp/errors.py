@@ -35,3 +35,13 @@ class TrainingError(UserError):
 
 class WeightsError(UserError, ValueError):
     """Weights or a model folder that are not what was asked for, or that may not be overwritten."""
+
+
+def whose_memory(error: BaseException) -> str | None:
+    """Whose memory ran out, "GPU" or "the machine"; None for an error of another kind."""
+    import torch  # not above: commands read this file before they need torch
+
+    # the driver's own words, where not even a number fits, and those of the CPU's allocator have no class of their own
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+        return "GPU"
+    return "the machine" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else None

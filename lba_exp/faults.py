@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from lba_exp.errors import RunFolderError, TrainingError, UserError
+from lba_exp.errors import RunFolderError, TrainingError, UserError, whose_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-GPU_FULL = "CUDA error: out of memory"  # the driver's words where not even a number fits: no class of their own
 LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo's words, in errors of no class of their own
 
 
@@ -24,9 +23,7 @@ def explain(error: BaseException, cfg: DictConfig, folder: Path, batch_size: int
         folder: the run's folder.
         batch_size: sequences of a training batch on one device.
     """
-    full_gpu = isinstance(error, torch.OutOfMemoryError) or GPU_FULL in str(error)
-    if full_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        where = "GPU" if full_gpu else "the machine"
+    if where := whose_memory(error):
         given = f"data.batch_size={batch_size}"
         advice = "give a smaller one, with trainer.accumulate_grad_batches to keep the optimizer's batch"
         if cfg.data.global_batch_size is not None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from lba_exp.errors import whose_memory
+
 LONGEST_TURN = 1000  # calls of one form in a row
 SHORTEST_WAIT = 20_000_000  # clock cycles that the device is kept busy while a call is issued: about 10 ms
 LONGEST_WAIT = 64 * SHORTEST_WAIT
@@ -31,7 +33,7 @@ def attempt(function: Callable[[], T]) -> tuple[T | None, Problem | None]:
         return function(), None
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        if whose_memory(error):
             return None, Problem("out of memory", None)
         if isinstance(error, ValueError) and text.startswith("form:"):  # the operator names the argument
             return None, Problem("not available here", text.removeprefix("form:").strip())

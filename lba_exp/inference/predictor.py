@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lba_exp.errors import ConfigError, DataError, UserError
+from lba_exp.errors import ConfigError, DataError, UserError, whose_memory
 from lba_exp.inference.kinds import preparation
 from lba_exp.inference.loading import Trained, device_of, read
 from lba_exp.inference.preparing import Batch, Preparation
@@ -189,8 +189,8 @@ class Predictor:
                 found = self._model(moved["inputs"], **further)
         except ValueError as error:
             raise DataError(f"the inputs do not fit the model in {self.path}: {str(error).rstrip('.')}.") from None
-        except RuntimeError as error:  # the CPU's allocator has no class of its own
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        except RuntimeError as error:
+            if whose_memory(error):
                 raise UserError("memory is too small for so many inputs at once: give a smaller batch, or another form.") from None
             raise
         return found.detach().to("cpu", torch.promote_types(found.dtype, torch.float32))
