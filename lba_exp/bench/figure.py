@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lba_exp.bench.growth import groups, pass_name
-from lba_exp.results.figures import FAINT, FORM_COLOURS, INK
+from lba_exp.results.figures import FORM_COLOURS, INK, frame
 
 SOFTMAX_STYLE = {"color": INK, "linestyle": (0, (4, 2))}
 
@@ -67,11 +67,5 @@ def _dress(axes: Axes, lengths: list[int]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=7.5, length=3, color=FAINT)
+    frame(axes, 7.5)
     axes.tick_params(axis="x", labelrotation=45 if len(lengths) > 5 else 0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from lba_exp.bench.model_report import form_name, model_name
 from lba_exp.bench.pace import OVER
-from lba_exp.results.figures import FAINT, FORM_COLOURS, INK
+from lba_exp.results.figures import FORM_COLOURS, INK, frame
 from lba_exp.results.naming import ONLY
 
 COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#57606a")
@@ -197,13 +197,7 @@ def _page(record: Record, count: int) -> tuple[Figure, list[Axes]]:
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in panels:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(FAINT)
-        axes.tick_params(colors=INK, labelsize=7.5, length=3, color=FAINT)
-        axes.grid(axis="y", color=FAINT, linewidth=0.6, alpha=0.7)
-        axes.set_axisbelow(True)
+        frame(axes, 7.5)
     commit = (record["git"]["commit"] or "unknown")[:7]
     where = f"{record['environment']['device']}, {record['settings']['dtype']}, torch {record['environment']['torch']}, commit {commit}"
     lines = [*textwrap.wrap(record["command"], int(20 * width), break_on_hyphens=False), where]

@@ -13,10 +13,9 @@ from lba_exp.bench.memory_fit import SHORTEST
 from lba_exp.bench.model_counts import FORMULAS
 from lba_exp.bench.model_settings import FORM_KEY
 from lba_exp.bench.pace import OVER
-from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread
+from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread, write_files
 from lba_exp.bench.steps_report import comma_separated
 from lba_exp.callbacks.memory import LIVE_TENSORS
-from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.naming import ONLY
 from lba_exp.results.screen import binary_size
 
@@ -29,9 +28,7 @@ Cell = Mapping[str, Any]
 
 def write_tables(record: Record, folder: Path) -> None:
     """Write the record and both tables."""
-    write_record(folder, dict(record))
-    write_atomically(folder / "table.md", markdown(record))
-    write_atomically(folder / "table.csv", comma_separated(record))
+    write_files(record, folder, markdown(record), comma_separated(record))
 
 
 def show(record: Record) -> None:

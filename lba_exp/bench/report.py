@@ -30,11 +30,16 @@ HOST_BOUND = 0.9  # the host's time over the time of a call from which the call 
 Record = Mapping[str, Any]
 
 
+def write_files(record: Record, folder: Path, page: str, table: str) -> None:
+    """Write a record, its page and its table of plain values into a folder that exists."""
+    write_record(folder, dict(record))
+    write_atomically(folder / "table.md", page)
+    write_atomically(folder / "table.csv", table)
+
+
 def write_tables(record: Record, folder: Path) -> None:
     """Write the record and both tables: milliseconds, where the figure takes a second."""
-    write_record(folder, dict(record))
-    write_atomically(folder / "table.md", markdown(record))
-    write_atomically(folder / "table.csv", comma_separated(record))
+    write_files(record, folder, markdown(record), comma_separated(record))
 
 
 def show(record: Record) -> None:

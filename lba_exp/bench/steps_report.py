@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lba_exp.bench import profile_report
-from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread
-from lba_exp.results.folder import write_atomically, write_record
+from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, spread, write_files
+from lba_exp.results.folder import write_atomically
 from lba_exp.results.screen import binary_size
 
 COLUMNS = ("model", "form", "parameters", "step", "x first", "images/s", "peak memory", "x first's")
@@ -23,9 +23,7 @@ Record = Mapping[str, Any]
 
 def write(record: Record, folder: Path) -> None:
     """Write every file of a benchmark into a folder that exists."""
-    write_record(folder, dict(record))
-    write_atomically(folder / "table.md", markdown(record))
-    write_atomically(folder / "table.csv", comma_separated(record))
+    write_files(record, folder, markdown(record), comma_separated(record))
     if "profiles" in record:
         write_atomically(folder / "kernels.csv", profile_report.comma_separated(record))
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from lba_exp.bench import steps, steps_report
-from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio
+from lba_exp.bench.report import head, markdown_table, milliseconds, print_table, ratio, write_files
 from lba_exp.bench.step_settings import StepSettings
 from lba_exp.bench.time_settings import paper_time
-from lba_exp.results.folder import write_atomically, write_record
 from lba_exp.results.paper import SOURCE
 from lba_exp.results.screen import binary_size
 
@@ -51,9 +50,7 @@ def _attention(kind: str) -> str:
 
 def write_tables(record: Record, folder: Path) -> None:
     """Write the record and both tables into a folder that exists."""
-    write_record(folder, dict(record))
-    write_atomically(folder / "table.md", markdown(record))
-    write_atomically(folder / "table.csv", steps_report.comma_separated(record))
+    write_files(record, folder, markdown(record), steps_report.comma_separated(record))
 
 
 def show(record: Record) -> None:

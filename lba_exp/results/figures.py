@@ -79,14 +79,19 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _dress(axes: Axes) -> None:
+def frame(axes: Axes, size: float) -> None:
+    """Two faint axes, ticks with numbers of ``size`` points, and faint lines across."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=8, length=3, color=FAINT)
+    axes.tick_params(colors=INK, labelsize=size, length=3, color=FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
+
+
+def _dress(axes: Axes) -> None:
+    frame(axes, 8)
     axes.set_xlabel("optimizer step", fontsize=8.5, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
